@@ -1,0 +1,185 @@
+// Log-prob, logsumexp and entropy of given logits: each logit is read once, and each gradient
+// written once.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "check.h"
+#include "dispatch.h"
+#include "rlkern/math/softmax_stats.h"
+#include "vec.h"
+
+namespace rlkern {
+namespace {
+
+using torch::stable::Tensor;
+
+// 8 KiB of floats: read for the maximum, then again from L1 for the sums.
+constexpr int64_t kBlock = 2048;
+
+template <class T>
+RLK_HD f32x16 load_upto(const T* p, int64_t left, float fill) {
+  return left >= kLanes ? load(p) : load_partial(p, left, fill);
+}
+
+template <class T>
+RLK_HD SoftmaxStats block_stats(const T* row, int64_t count, float inv_temperature) {
+  f32x16 top = splat(-INFINITY);
+  for (int64_t j = 0; j < count; j += kLanes)
+    top = vmax(load_upto(row + j, count - j, -INFINITY), top);
+  SoftmaxStats stats;
+  stats.max = reduce_max(top);
+  // All -inf: nothing to add. The sums start from a finite maximum, else -inf - -inf is NaN.
+  if (stats.max == -INFINITY) {
+    for (int64_t j = 0; j < count; ++j)
+      if (std::isnan(static_cast<float>(row[j]))) stats.sum = NAN;
+    return stats;
+  }
+  f32x16 sum{}, dot{};
+  for (int64_t j = 0; j < count; j += kLanes) {
+    f32x16 d = (load_upto(row + j, count - j, -INFINITY) - stats.max) * inv_temperature;
+    d = d < kExpUnderflow ? splat(kExpUnderflow) : d;
+    const f32x16 e = exp(d);
+    sum += e;
+    dot += e * d;
+  }
+  stats.sum = reduce_add(sum);
+  stats.dot = reduce_add(dot);
+  return stats;
+}
+
+template <class T>
+RLK_HD SoftmaxStats row_stats(const T* row, int64_t vocab, float inv_temperature) {
+  SoftmaxStats stats;
+  for (int64_t j = 0; j < vocab; j += kBlock)
+    stats.merge(block_stats(row + j, std::min(kBlock, vocab - j), inv_temperature),
+                inv_temperature);
+  return stats;
+}
+
+template <class T>
+RLK_HD void row_grad(const T* row, T* grad, int64_t vocab, float inv_temperature, float logsumexp,
+                     SoftmaxGrad g) {
+  for (int64_t j = 0; j < vocab; j += kLanes) {
+    const int64_t left = vocab - j;
+    const f32x16 log_p = load_upto(row + j, left, -INFINITY) * inv_temperature - logsumexp;
+    const f32x16 d = g.off_target(log_p) * inv_temperature;
+    if (left >= kLanes)
+      store(grad + j, d);
+    else
+      store_partial(grad + j, d, left);
+  }
+}
+
+#define RLK_INSTANTIATE(T)                                                                       \
+  RLK_MULTIVERSION SoftmaxStats stats_of(const T* row, int64_t vocab, float inv_temperature) {   \
+    return row_stats(row, vocab, inv_temperature);                                               \
+  }                                                                                              \
+  RLK_MULTIVERSION void grad_of(const T* row, T* grad, int64_t vocab, float inv_temperature,     \
+                                float logsumexp, SoftmaxGrad g) {                                \
+    row_grad(row, grad, vocab, inv_temperature, logsumexp, g);                                   \
+  }
+RLK_INSTANTIATE(float)
+RLK_INSTANTIATE(bf16)
+RLK_INSTANTIATE(fp16)
+#undef RLK_INSTANTIATE
+
+const float* optional_data(const std::optional<Tensor>& t) {
+  return t.has_value() ? t->const_data_ptr<float>() : nullptr;
+}
+
+// A thread is worth starting for about this many logits.
+int64_t grain(int64_t vocab) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, vocab)); }
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets,
+                                           std::optional<Tensor> row_temperature,
+                                           double temperature, int64_t ignore_index,
+                                           bool want_entropy) {
+  RLK_CHECK_CPU(logits);
+  RLK_CHECK_DIM(logits, 2);
+  RLK_CHECK_DTYPE(targets, Long);
+  RLK_CHECK_CONTIGUOUS(targets);
+  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
+  RLK_CHECK_SIZE(targets, 0, num_rows);
+  STD_TORCH_CHECK(vocab == 0 || logits.stride(1) == 1, "logits must have contiguous rows");
+  const auto kFloat = torch::headeronly::ScalarType::Float;
+  Tensor logprob = torch::stable::new_empty(logits, {num_rows}, kFloat);
+  Tensor logsumexp = torch::stable::new_empty(logits, {num_rows}, kFloat);
+  Tensor entropy = torch::stable::new_empty(logits, {want_entropy ? num_rows : 0}, kFloat);
+  const float* temperatures = optional_data(row_temperature);
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  float* logprob_out = logprob.mutable_data_ptr<float>();
+  float* lse_out = logsumexp.mutable_data_ptr<float>();
+  float* entropy_out = entropy.mutable_data_ptr<float>();
+  const int64_t stride = logits.stride(0);
+
+  RLK_DISPATCH_FLOAT(logits, T, {
+    const T* data = logits.const_data_ptr<T>();
+    torch::stable::parallel_for(0, num_rows, grain(vocab), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T* row = data + i * stride;
+        const float inv = 1.0f / (temperatures ? temperatures[i] : static_cast<float>(temperature));
+        const SoftmaxStats stats = stats_of(row, vocab, inv);
+        const bool in_vocab = target[i] >= 0 && target[i] < vocab;
+        lse_out[i] = stats.logsumexp(inv);
+        logprob_out[i] = target[i] == ignore_index ? 0.0f
+                         : in_vocab ? stats.logprob(static_cast<float>(row[target[i]]), inv)
+                                    : NAN;
+        if (want_entropy) entropy_out[i] = stats.entropy();
+      }
+    });
+  });
+  return {logprob, logsumexp, entropy};
+}
+
+Tensor backward(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_logsumexp,
+                std::optional<Tensor> grad_entropy, Tensor logits, Tensor targets,
+                Tensor logsumexp, Tensor entropy, std::optional<Tensor> row_temperature,
+                double temperature, int64_t ignore_index) {
+  RLK_CHECK_CPU(logits);
+  RLK_CHECK_DIM(logits, 2);
+  const int64_t num_rows = logits.size(0), vocab = logits.size(1);
+  STD_TORCH_CHECK(vocab == 0 || logits.stride(1) == 1, "logits must have contiguous rows");
+  Tensor grad = torch::stable::new_empty(logits, {num_rows, vocab});
+  const float* a = optional_data(grad_logprob);
+  const float* b = optional_data(grad_entropy);
+  const float* c = optional_data(grad_logsumexp);
+  const float* temperatures = optional_data(row_temperature);
+  const int64_t* target = targets.const_data_ptr<int64_t>();
+  const float* lse = logsumexp.const_data_ptr<float>();
+  const float* row_entropy = entropy.const_data_ptr<float>();
+  const int64_t stride = logits.stride(0);
+
+  RLK_DISPATCH_FLOAT(logits, T, {
+    const T* data = logits.const_data_ptr<T>();
+    T* out = grad.mutable_data_ptr<T>();
+    torch::stable::parallel_for(0, num_rows, grain(vocab), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const float inv = 1.0f / (temperatures ? temperatures[i] : static_cast<float>(temperature));
+        const bool ignored = target[i] == ignore_index;
+        const SoftmaxGrad g(a && !ignored ? a[i] : 0.0f, b ? b[i] : 0.0f, c ? c[i] : 0.0f,
+                            b ? row_entropy[i] : 0.0f);
+        grad_of(data + i * stride, out + i * vocab, vocab, inv, lse[i], g);
+        if (!ignored && target[i] >= 0 && target[i] < vocab) {
+          T& slot = out[i * vocab + target[i]];
+          const float log_p = static_cast<float>(data[i * stride + target[i]]) * inv - lse[i];
+          slot = static_cast<T>((g.target + g.off_target(log_p)) * inv);
+        }
+      }
+    });
+  });
+  return grad;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) {
+  m.impl("logprob_from_logits_fwd", TORCH_BOX(&forward));
+  m.impl("logprob_from_logits_bwd", TORCH_BOX(&backward));
+}
+
+}  // namespace rlkern

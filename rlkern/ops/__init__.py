@@ -1,0 +1,1 @@
+"""One folder per op; the public functions are re-exported by `rlkern`."""

@@ -1,0 +1,6 @@
+"""Engines that turn prompts into packed rollouts."""
+
+from rlkern.rollout.engine import Engine, Rollouts
+from rlkern.rollout.native import NativeEngine
+
+__all__ = ["Engine", "NativeEngine", "Rollouts"]

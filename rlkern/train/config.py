@@ -1,0 +1,242 @@
+"""The typed configuration: TOML recipe, then `--section.key value`, then checks."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+import rlkern
+from rlkern.train.errors import TrainError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True
+    )
+
+
+class Run(Section):
+    dir: str = ""  # "": runs/<recipe>-seed<seed>, with a number when that name is taken
+    seed: Count = 0
+    steps: Positive = 60  # RL steps, after the warm-up
+    threads: Count = 0  # CPU threads; 0: torch's default. Bits depend on it
+    device: str = "auto"
+    null: bool = False  # control: advantages shuffled over the batch
+    deterministic: bool = True
+
+
+class Model(Section):
+    path: str = ""  # local directory or hub id; "": a Qwen3 model of the size below
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+    layers: Positive = 4
+    hidden_size: Positive = 128
+    intermediate_size: Positive = 384
+    heads: Positive = 4
+    kv_heads: Positive = 4
+    positions: Positive = 64
+    init_std: Rate = 0.02
+
+    @model_validator(mode="after")
+    def _shape(self) -> "Model":
+        if self.hidden_size % self.heads or self.heads % self.kv_heads:
+            raise ValueError(
+                "hidden_size must divide by heads, and heads by kv_heads; got "
+                f"{self.hidden_size}, {self.heads} and {self.kv_heads}"
+            )
+        return self
+
+
+class Data(Section):
+    task: Literal["", "sort", "sort_distinct", "addition", "countdown"] = ""
+    size: Positive = 5  # digits or numbers in a generated question
+    train_size: Positive = 8192  # generated questions; a JSONL file is used whole
+    heldout_size: Positive = 256  # generated, or cut from `train` when `heldout` is ""
+    train: str = ""  # JSONL with `prompt` and `answer` (and `demonstration` for a warm-up)
+    heldout: str = ""
+    chat_template: Literal["auto", "on", "off"] = "auto"  # auto: where the tokenizer has one
+
+    @model_validator(mode="after")
+    def _source(self) -> "Data":
+        if bool(self.task) == bool(self.train):
+            raise ValueError("expected either task or train (a JSONL file), and not both")
+        return self
+
+
+class Warmup(Section):
+    steps: Count = 0
+    batch_size: Positive = 256
+    lr: Rate = 1e-3
+
+
+class Rollout(Section):
+    prompts: Positive = 32  # per step
+    group_size: Positive = 16
+    max_new_tokens: Positive = 64
+    temperature: Rate = 1.0
+    max_sequences: Positive = 1024  # decoded at once
+    save: bool = False  # to <run>/rollouts
+    replay: str = ""  # such a folder: train from it, without an engine
+
+
+class Algorithm(Section):
+    objective: str = "grpo"
+    options: dict[str, Any] = {}  # fields of rlkern.PolicyObjective that differ from the preset
+    advantage: Literal["grpo", "dr_grpo", "rloo", "batch_std"] = "grpo"
+
+    @model_validator(mode="after")
+    def _known(self) -> "Algorithm":
+        self.build()
+        return self
+
+    def build(self) -> rlkern.PolicyObjective:
+        try:
+            return rlkern.PolicyObjective.preset(self.objective, **self.options)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+
+
+class Optim(Section):
+    lr: Rate = 5e-4
+    schedule: Schedule = "linear"
+    warmup_steps: Count = 10
+    updates: Positive = 2  # minibatches per rollout batch and epoch
+    epochs: Positive = 1
+    micro_batch: Count = 0  # sequences per forward; 0: the whole minibatch
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Rate = 1.0
+
+
+class Eval(Section):
+    every: Count = 10  # RL steps; 0: only before and after
+    samples: Positive = 8  # per held-out prompt, for pass@k
+    k: list[Positive] = [1, 8]
+    max_prompts: Positive = 256
+    min_accuracy: Share = 0.0  # greedy; below it at the end the exit code is 1
+
+    @model_validator(mode="after")
+    def _enough(self) -> "Eval":
+        if max(self.k, default=1) > self.samples:
+            raise ValueError(f"k = {self.k} asks for more than samples = {self.samples}")
+        return self
+
+
+class Checkpoint(Section):
+    every: Count = 20  # steps, the warm-up's included; 0: only at the end and on Ctrl-C
+    keep: Positive = 2
+
+
+class Log(Section):
+    every: Positive = 5  # lines when the output is no terminal
+    samples: Positive = 2  # best and worst completions logged per step
+    tensorboard: bool = True
+
+
+class Config(Section):
+    run: Run = Run()
+    model: Model = Model()
+    data: Data
+    reward: str = "exact"  # exact | numeric | math | countdown | module:function
+    warmup: Warmup = Warmup()
+    rollout: Rollout = Rollout()
+    algorithm: Algorithm = Algorithm()
+    optim: Optim = Optim()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _together(self) -> "Config":
+        if self.rollout.group_size == 1 and self.algorithm.advantage != "batch_std":
+            raise ValueError(
+                "rollout.group_size = 1 leaves nothing to compare: expected at least 2 "
+                f"for algorithm.advantage = {self.algorithm.advantage!r}"
+            )
+        sequences = self.rollout.prompts * self.rollout.group_size
+        if self.optim.updates > sequences:
+            raise ValueError(
+                f"optim.updates = {self.optim.updates} is more than the {sequences} sequences of "
+                "a step (rollout.prompts * rollout.group_size)"
+            )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        return self.warmup.steps + self.run.steps
+
+
+def find_recipe(name: str) -> Path:
+    """A path, or the name of a shipped recipe with or without `.toml`."""
+    for path in (Path(name), RECIPES / name, RECIPES / f"{name}.toml"):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+    raise TrainError(f"recipe: {name!r} is neither a file nor a shipped recipe ({shipped})")
+
+
+def load_config(recipe: Path, overrides: dict[str, str]) -> Config:
+    try:
+        values = tomllib.loads(recipe.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TrainError(f"{recipe}: not readable as TOML: {error}") from error
+    return build_config(values, overrides, str(recipe))
+
+
+def build_config(values: dict[str, Any], overrides: dict[str, str], origin: str) -> Config:
+    for key, text in overrides.items():
+        *sections, last = key.split(".")
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise TrainError(f"--{key}: {section} is a value, not a section")
+        table[last] = _parse(text)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise TrainError(f"{origin}: " + "\n  ".join(lines)) from error
+
+
+def _parse(text: str) -> Any:
+    """A TOML value where it is one (1e-4, true, [1, 2]), otherwise the text itself."""
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+        return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "")
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":  # our own checks: the message says what it got
+        return f"{key}: {message}" if key else message
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}: {message}, got {item['input']!r}"
+
+
+def known_keys() -> list[str]:
+    """Every `section.key`, and every section."""
+    keys = []
+    for name, field in Config.model_fields.items():
+        keys.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
+    return keys

@@ -1,0 +1,126 @@
+"""The model and its tokenizer: from a directory, from the hub, or a small one from the config."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
+
+from rlkern.train.config import Config
+from rlkern.train.errors import TrainError
+from rlkern.train.tasks import ALPHABET
+
+
+class CharTokenizer:
+    """One token per character; ids 0 and 1 are padding and the end mark."""
+
+    FILE = "char_tokenizer.json"
+    pad_token_id, eos_token_id = 0, 1
+    chat_template = None
+
+    def __init__(self, alphabet: str) -> None:
+        self.alphabet = alphabet
+        self.ids = {character: i for i, character in enumerate(alphabet, 2)}
+
+    def __len__(self) -> int:
+        return 2 + len(self.alphabet)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        unknown = set(text) - set(self.ids)
+        if unknown:
+            raise TrainError(
+                f"the character tokenizer has no {''.join(sorted(unknown))!r} (it knows "
+                f"{self.alphabet!r}): set model.path to a model with a tokenizer for {text!r}"
+            )
+        return [self.ids[character] for character in text]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(self.alphabet[i - 2] for i in ids if i > 1)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        (Path(folder) / self.FILE).write_text(json.dumps({"alphabet": self.alphabet}))
+
+
+def load_model(cfg: Config, path: str | Path | None = None) -> tuple[PreTrainedModel, Any]:
+    """-> model and tokenizer; `path` (a checkpoint) stands over `model.path`."""
+    device = pick_device(cfg.run.device)
+    dtype = getattr(torch, cfg.model.dtype)
+    source = str(path or cfg.model.path)
+    if not source:
+        torch.manual_seed(cfg.run.seed)
+        tokenizer: Any = CharTokenizer(ALPHABET)
+        config = small_config(cfg, tokenizer)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=cfg.model.attention
+        )
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+    else:
+        try:
+            characters = Path(source) / CharTokenizer.FILE
+            if characters.is_file():
+                tokenizer = CharTokenizer(**json.loads(characters.read_text()))
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation=cfg.model.attention
+            )
+        except Exception as error:  # the libraries raise a dozen kinds for one bad folder
+            raise TrainError(f"model.path: {source!r} could not be loaded: {error}") from error
+    if cfg.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.to(device), tokenizer
+
+
+def small_config(cfg: Config, tokenizer: CharTokenizer) -> Qwen3Config:
+    shape = cfg.model
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.hidden_size // shape.heads,
+        max_position_embeddings=shape.positions,
+        initializer_range=shape.init_std,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Every id that ends a completion; the one that a demonstration ends with comes first."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    listed = listed if isinstance(listed, list) else [listed]
+    ids = dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None)
+    if not ids:
+        raise TrainError("the model has no end token: set eos_token_id in its generation_config")
+    return list(ids)
+
+
+def encode_prompt(tokenizer: Any, prompt: Any, chat_template: str) -> list[int]:
+    """A string or chat messages -> ids, through the chat template where there is one."""
+    has_template = tokenizer.chat_template is not None
+    if chat_template == "on" and not has_template:
+        raise TrainError("data.chat_template = 'on', but the tokenizer has no chat template")
+    if not has_template or chat_template == "off":
+        if not isinstance(prompt, str):
+            raise TrainError("chat messages need a chat template, and none is in use")
+        return list(tokenizer.encode(prompt))
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TrainError(f"run.device: {name!r} cannot be used: {error}") from error
+    return device

@@ -1,0 +1,94 @@
+"""The checks that every op passes, called from its test file."""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from rlkern.testing.implementations import Implementation, implementations, schema_names
+from rlkern.testing.numerics import assert_same_bits, assert_within_budget, to_double
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def parts(op: str) -> tuple:
+    """An op's reference and samples modules."""
+    names = ("reference", "samples")
+    return tuple(importlib.import_module(f"rlkern.ops.{op}.{name}") for name in names)
+
+
+def kernels(op: str, device: str) -> list[Implementation]:
+    return implementations(op, device)
+
+
+def _tuple(outputs) -> tuple:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def check_budget(op: str, device: str, dtype: torch.dtype) -> None:
+    """Every kernel, every sample, forward and backward, against float64 within the budget."""
+    reference, samples = parts(op)
+    for name, args in samples.sample_inputs(device, dtype):
+        truth = _tuple(reference.forward(*to_double(args)))
+        torchs = _tuple(reference.forward(*args))
+        for kernel in kernels(op, device):
+            what = f"{op} {kernel.name} {dtype} {name!r}"
+            ours = _tuple(kernel.forward(*args))
+            for i, (got, want, peer) in enumerate(zip(ours, truth, torchs, strict=True)):
+                assert_within_budget(f"{what} output {i}", got, want, peer)
+            if kernel.backward is None:
+                continue
+            # both sides start from the same saved statistics: those of the float64 forward
+            saved = tuple(t.to(p.dtype) for t, p in zip(truth, torchs))
+            inputs = samples.backward_inputs(args, saved)
+            exact = samples.backward_inputs(to_double(args), truth)
+            grads64 = _tuple(reference.backward(*to_double(exact)))
+            peers = _tuple(reference.backward(*inputs))
+            for i, (got, want, peer) in enumerate(
+                zip(_tuple(kernel.backward(*inputs)), grads64, peers, strict=True)
+            ):
+                assert_within_budget(f"{what} gradient {i}", got, want, peer)
+
+
+def check_opcheck(op: str, device: str) -> None:
+    """schema, fake and dispatch agree, on every sample."""
+    reference, samples = parts(op)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    ops = [getattr(torch.ops.rlkern, name).default for name in schema_names(op)]
+    for _, args in samples.sample_inputs(device, torch.float32):
+        torch.library.opcheck(ops[0], args, test_utils=tests)
+        if len(ops) > 1:
+            inputs = samples.backward_inputs(args, _tuple(reference.forward(*args)))
+            torch.library.opcheck(ops[1], inputs, test_utils=tests)
+
+
+def check_deterministic(op: str, device: str, dtype: torch.dtype) -> None:
+    """Two runs, and runs with one and two threads, give the same bits."""
+    _, samples = parts(op)
+    threads = torch.get_num_threads()
+    for name, args in samples.sample_inputs(device, dtype):
+        for kernel in kernels(op, device):
+            if kernel.name == "reference":
+                continue
+            runs = []
+            for count in (2, 1, 2):
+                torch.set_num_threads(count)
+                run = _tuple(kernel.forward(*args))
+                if kernel.backward is not None:
+                    run += _tuple(kernel.backward(*samples.backward_inputs(args, run)))
+                runs.append(run)
+            torch.set_num_threads(threads)
+            for other in runs[1:]:
+                for i, (a, b) in enumerate(zip(runs[0], other)):
+                    assert_same_bits(f"{op} {kernel.name} {name!r} result {i}", a, b)
+
+
+def compiled(function):
+    """torch.compile without the code generator: graph capture and autograd, in seconds."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def random_sign(like: Tensor, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator).to(like)
