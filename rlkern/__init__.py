@@ -1,11 +1,19 @@
 """rlkern: fused kernels for RL post-training of language models."""
 
 from rlkern.ops._logprob import LogprobOutput
+from rlkern.ops.group_advantage import group_advantage
+from rlkern.ops.linear_logprob import linear_logprob
 from rlkern.ops.logprob_from_logits import logprob_from_logits
+from rlkern.ops.policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LogprobOutput",
+    "PolicyLossOutput",
+    "PolicyObjective",
+    "group_advantage",
+    "linear_logprob",
     "logprob_from_logits",
+    "policy_loss",
 ]

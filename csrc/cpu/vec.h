@@ -47,12 +47,15 @@ RLK_HD f32x16 load(const fp16* p) {
 }
 
 RLK_HD void store(float* p, f32x16 x) { std::memcpy(p, &x, sizeof x); }
-RLK_HD void store(bf16* p, f32x16 x) {
-  // round to nearest even; a NaN keeps a set bit of its payload
+// The bfloat16 nearest to x (ties to even), in the low half of each lane.
+RLK_HD i32x16 bf16_bits(f32x16 x) {
   const i32x16 bits = (i32x16)x;
   const i32x16 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const i32x16 kept = (x == x) ? rounded : ((bits >> 16) | 0x40);
-  const u16x16 raw = __builtin_convertvector(kept, u16x16);
+  // a NaN keeps a set bit of its payload
+  return (x == x) ? rounded : ((bits >> 16) | 0x40);
+}
+RLK_HD void store(bf16* p, f32x16 x) {
+  const u16x16 raw = __builtin_convertvector(bf16_bits(x), u16x16);
   std::memcpy(p, &raw, sizeof raw);
 }
 RLK_HD void store(fp16* p, f32x16 x) {

@@ -1,6 +1,6 @@
 """From token lists to log-probs of the response tokens.
 
-s sequences of a (micro-)batch, L their longest input, t response tokens, H hidden, V vocabulary.
+s sequences of a (micro-)batch, L their longest input, t response tokens.
 """
 
 from dataclasses import dataclass
@@ -22,32 +22,24 @@ class TokenBatch:
 
 
 def collate(prompts: list[Tensor], responses: list[Tensor]) -> TokenBatch:
-    inputs = pad_sequence(
-        [torch.cat([p, r[:-1]]) for p, r in zip(prompts, responses, strict=True)],
-        batch_first=True,
-    )
-    device = inputs.device
-    lengths = torch.tensor([len(r) for r in responses], device=device)
-    first = torch.tensor([len(p) for p in prompts], device=device) - 1
-    column = torch.arange(inputs.shape[1], device=device)
+    pairs = [torch.cat([p, r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
+    inputs = pad_sequence(pairs, batch_first=True)
+    lengths = torch.tensor([len(r) for r in responses], device=inputs.device)
+    first = torch.tensor([len(p) for p in prompts], device=inputs.device) - 1
+    column = torch.arange(inputs.shape[1], device=inputs.device)
     is_row = (column >= first[:, None]) & (column < (first + lengths)[:, None])
-    return TokenBatch(
-        inputs=inputs,
-        rows=is_row.flatten().nonzero()[:, 0],
-        targets=torch.cat(responses),
-        cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
-    )
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    return TokenBatch(inputs, is_row.flatten().nonzero()[:, 0], torch.cat(responses), cu_seqlens)
 
 
 def response_logprobs(
     model: PreTrainedModel, batch: TokenBatch, temperature: float = 1.0
 ) -> rlkern.LogprobOutput:
-    """-> logprob [t] and entropy [t], float32; no [t, V] tensor outlives the op."""
+    """-> logprob [t] and entropy [t], float32; no [t, vocabulary] tensor outlives the op."""
     hidden = model.base_model(input_ids=batch.inputs, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
     return rlkern.linear_logprob(
         hidden.flatten(0, 1).index_select(0, batch.rows),
-        head.weight,
+        model.get_output_embeddings().weight,
         batch.targets,
         temperature=temperature,
         outputs=("logprob", "entropy"),

@@ -1,6 +1,7 @@
 """The typed configuration: TOML recipe, then `--section.key value`, then checks."""
 
 import difflib
+import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import rlkern
-from rlkern.train.errors import TrainError
+from rlkern.train import TrainError
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -16,27 +17,24 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Schedule = Literal["constant", "linear", "cosine"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, coerce_numbers_to_str=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class Run(Section):
-    dir: str = ""  # "": runs/<recipe>-seed<seed>, with a number when that name is taken
+    dir: str = ""  # "": runs/<recipe>-seed<seed>, numbered when that is taken
     seed: Count = 0
     steps: Positive = 60  # RL steps, after the warm-up
-    threads: Count = 0  # CPU threads; 0: torch's default. Bits depend on it
+    threads: Count = 0  # CPU threads; 0: torch's default. The bits of a run depend on it
     device: str = "auto"
     null: bool = False  # control: advantages shuffled over the batch
     deterministic: bool = True
 
 
 class Model(Section):
-    path: str = ""  # local directory or hub id; "": a Qwen3 model of the size below
+    path: str = ""  # local folder or hub id; "": a Qwen3 model of the size below, from scratch
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
@@ -46,14 +44,13 @@ class Model(Section):
     heads: Positive = 4
     kv_heads: Positive = 4
     positions: Positive = 64
-    init_std: Rate = 0.02
 
     @model_validator(mode="after")
     def _shape(self) -> "Model":
         if self.hidden_size % self.heads or self.heads % self.kv_heads:
+            shape = f"{self.hidden_size}, {self.heads} and {self.kv_heads}"
             raise ValueError(
-                "hidden_size must divide by heads, and heads by kv_heads; got "
-                f"{self.hidden_size}, {self.heads} and {self.kv_heads}"
+                f"hidden_size must divide by heads, and heads by kv_heads; got {shape}"
             )
         return self
 
@@ -62,7 +59,7 @@ class Data(Section):
     task: Literal["", "sort", "sort_distinct", "addition", "countdown"] = ""
     size: Positive = 5  # digits or numbers in a generated question
     train_size: Positive = 8192  # generated questions; a JSONL file is used whole
-    heldout_size: Positive = 256  # generated, or cut from `train` when `heldout` is ""
+    heldout_size: Positive = 256  # generated, or cut from `train` where `heldout` is ""
     train: str = ""  # JSONL with `prompt` and `answer` (and `demonstration` for a warm-up)
     heldout: str = ""
     chat_template: Literal["auto", "on", "off"] = "auto"  # auto: where the tokenizer has one
@@ -95,21 +92,21 @@ class Algorithm(Section):
     options: dict[str, Any] = {}  # fields of rlkern.PolicyObjective that differ from the preset
     advantage: Literal["grpo", "dr_grpo", "rloo", "batch_std"] = "grpo"
 
+    def build(self) -> rlkern.PolicyObjective:
+        return rlkern.PolicyObjective.preset(self.objective, **self.options)
+
     @model_validator(mode="after")
     def _known(self) -> "Algorithm":
-        self.build()
-        return self
-
-    def build(self) -> rlkern.PolicyObjective:
         try:
-            return rlkern.PolicyObjective.preset(self.objective, **self.options)
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+            self.build()
+        except TypeError as error:  # pydantic turns a ValueError into its own, but not this one
+            raise ValueError(f"options: {error}") from error
+        return self
 
 
 class Optim(Section):
     lr: Rate = 5e-4
-    schedule: Schedule = "linear"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: Count = 10
     updates: Positive = 2  # minibatches per rollout batch and epoch
     epochs: Positive = 1
@@ -140,7 +137,7 @@ class Checkpoint(Section):
 
 
 class Log(Section):
-    every: Positive = 5  # lines when the output is no terminal
+    every: Positive = 5  # steps between lines when the output is no terminal
     samples: Positive = 2  # best and worst completions logged per step
     tensorboard: bool = True
 
@@ -160,16 +157,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _together(self) -> "Config":
-        if self.rollout.group_size == 1 and self.algorithm.advantage != "batch_std":
-            raise ValueError(
-                "rollout.group_size = 1 leaves nothing to compare: expected at least 2 "
-                f"for algorithm.advantage = {self.algorithm.advantage!r}"
-            )
-        sequences = self.rollout.prompts * self.rollout.group_size
+        group, sequences = self.rollout.group_size, self.rollout.prompts * self.rollout.group_size
+        if group == 1 and self.algorithm.advantage != "batch_std":
+            raise ValueError("rollout.group_size = 1 leaves nothing to compare: expected >= 2")
         if self.optim.updates > sequences:
             raise ValueError(
-                f"optim.updates = {self.optim.updates} is more than the {sequences} sequences of "
-                "a step (rollout.prompts * rollout.group_size)"
+                f"optim.updates = {self.optim.updates} is more than the {sequences} sequences of a "
+                "step (rollout.prompts * rollout.group_size)"
             )
         return self
 
@@ -187,12 +181,13 @@ def find_recipe(name: str) -> Path:
     raise TrainError(f"recipe: {name!r} is neither a file nor a shipped recipe ({shipped})")
 
 
-def load_config(recipe: Path, overrides: dict[str, str]) -> Config:
+def load_config(path: Path, overrides: dict[str, str]) -> Config:
     try:
-        values = tomllib.loads(recipe.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise TrainError(f"{recipe}: not readable as TOML: {error}") from error
-    return build_config(values, overrides, str(recipe))
+        text = path.read_text()
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise TrainError(f"{path}: cannot be read: {error}") from error
+    return build_config(values, overrides, str(path))
 
 
 def build_config(values: dict[str, Any], overrides: dict[str, str], origin: str) -> Config:
@@ -203,7 +198,10 @@ def build_config(values: dict[str, Any], overrides: dict[str, str], origin: str)
             table = table.setdefault(section, {})
             if not isinstance(table, dict):
                 raise TrainError(f"--{key}: {section} is a value, not a section")
-        table[last] = _parse(text)
+        try:  # a TOML value where it is one (1e-4, true, [1, 2]), otherwise the text itself
+            table[last] = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            table[last] = text
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -211,32 +209,19 @@ def build_config(values: dict[str, Any], overrides: dict[str, str], origin: str)
         raise TrainError(f"{origin}: " + "\n  ".join(lines)) from error
 
 
-def _parse(text: str) -> Any:
-    """A TOML value where it is one (1e-4, true, [1, 2]), otherwise the text itself."""
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def _explain(item: Any) -> str:
-    key = ".".join(map(str, item["loc"]))
+    key, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
         return f"{key} is not a setting" + (f"; did you mean {near[0]}?" if near else "")
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":  # our own checks: the message says what it got
+    if item["type"] in ("value_error", "missing"):  # the message says what there was
         return f"{key}: {message}" if key else message
-    if item["type"] == "missing":
-        return f"{key} is missing"
     return f"{key}: {message}, got {item['input']!r}"
 
 
 def known_keys() -> list[str]:
-    """Every `section.key`, and every section."""
-    keys = []
+    """Every section, and every `section.key`."""
+    keys = list(Config.model_fields)
     for name, field in Config.model_fields.items():
-        keys.append(name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += [f"{name}.{key}" for key in field.annotation.model_fields]
+        keys += [f"{name}.{key}" for key in getattr(field.annotation, "model_fields", ())]
     return keys

@@ -2,11 +2,10 @@
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
+from rlkern.train import TrainError
 from rlkern.train.config import Config
-from rlkern.train.errors import TrainError
 from rlkern.train.tasks import TASKS, Example
 
 # Draws without a new question before a generated task is called exhausted.
@@ -16,29 +15,23 @@ PATIENCE = 20_000
 def load_data(cfg: Config) -> tuple[list[Example], list[Example]]:
     """-> training and held-out examples; no prompt is in both."""
     data = cfg.data
-    if data.task:
-        pool = list(_generate(cfg))
-    else:
-        pool = read_jsonl(data.train)
-        if not data.heldout:
-            random.Random(f"split/{cfg.run.seed}").shuffle(pool)
+    train = generate(cfg) if data.task else read_jsonl(data.train)
     if data.heldout:
-        train, heldout = pool, read_jsonl(data.heldout)
+        heldout = read_jsonl(data.heldout)
     else:
-        if len(pool) <= data.heldout_size:
+        if len(train) <= data.heldout_size:
             raise TrainError(
                 f"data.heldout_size = {data.heldout_size} leaves nothing to train on: there are "
-                f"{len(pool)} examples"
+                f"{len(train)} examples"
             )
-        train, heldout = pool[data.heldout_size :], pool[: data.heldout_size]
+        random.Random(f"split/{cfg.run.seed}").shuffle(train)
+        heldout, train = train[: data.heldout_size], train[data.heldout_size :]
     seen = {json.dumps(example.prompt) for example in heldout}
     train = [example for example in train if json.dumps(example.prompt) not in seen]
     if not train:
         raise TrainError("data: every training prompt is also a held-out prompt")
     if cfg.warmup.steps and any(example.demonstrate is None for example in train):
-        raise TrainError(
-            "warmup.steps > 0 needs a `demonstration` field in every line of data.train"
-        )
+        raise TrainError("warmup.steps > 0 needs a `demonstration` in every line of data.train")
     return train, heldout
 
 
@@ -60,7 +53,7 @@ def read_jsonl(path: str) -> list[Example]:
         if not isinstance(record, dict):
             raise TrainError(f"{path}:{number}: expected an object, got {line[:60]}")
         for key in ("prompt", "answer"):
-            if record.get(key) is None or record[key] in ("", []):
+            if record.get(key) in (None, "", []):
                 raise TrainError(f"{path}:{number}: the field {key!r} is missing or empty")
         if not isinstance(record["prompt"], str | list):
             raise TrainError(f"{path}:{number}: expected prompt as a string or chat messages")
@@ -72,28 +65,24 @@ def read_jsonl(path: str) -> list[Example]:
     return examples
 
 
+def generate(cfg: Config) -> list[Example]:
+    """Distinct questions of a built-in task: as many as asked for, or as there are."""
+    data, found, misses = cfg.data, {}, 0
+    if data.task == "sort" and data.size > 10:
+        raise TrainError(f"data.size = {data.size}: there are only 10 distinct digits to sort")
+    rng = random.Random(f"task/{cfg.run.seed}")
+    while len(found) < data.heldout_size + data.train_size and misses < PATIENCE:
+        example = TASKS[data.task](rng, data.size)
+        misses = misses + 1 if example.prompt in found else 0
+        found.setdefault(example.prompt, example)
+    return list(found.values())
+
+
 def batch_at(examples: list[Example], cursor: int, size: int, seed: int) -> list[Example]:
     """`size` examples from position `cursor` of an endless stream, shuffled anew every epoch."""
     batch: list[Example] = []
     while len(batch) < size:
         epoch, start = divmod(cursor + len(batch), len(examples))
-        order = list(range(len(examples)))
-        random.Random(f"data/{seed}/{epoch}").shuffle(order)
+        order = random.Random(f"data/{seed}/{epoch}").sample(range(len(examples)), len(examples))
         batch += [examples[i] for i in order[start : start + size - len(batch)]]
     return batch
-
-
-def _generate(cfg: Config) -> Iterator[Example]:
-    data = cfg.data
-    if data.task == "sort" and data.size > 10:
-        raise TrainError(f"data.size = {data.size}: there are only 10 distinct digits to sort")
-    rng = random.Random(f"task/{cfg.run.seed}")
-    wanted, seen, misses = data.heldout_size + data.train_size, set(), 0
-    while len(seen) < wanted and misses < PATIENCE:
-        example = TASKS[data.task](rng, data.size)
-        if example.prompt in seen:
-            misses += 1
-            continue
-        seen.add(example.prompt)
-        misses = 0
-        yield example

@@ -1,14 +1,27 @@
-"""Held-out accuracy: greedy, and pass@k of sampled completions."""
+"""Rewards of rollouts, and held-out accuracy: greedy, and pass@k of sampled completions."""
 
 import math
 from typing import Any
 
 import torch
 
-from rlkern.rollout import Engine
+from rlkern.rollout import Engine, Rollouts
 from rlkern.train.config import Config
 from rlkern.train.rewards import Reward, score
 from rlkern.train.tasks import Example
+
+
+def judge(
+    rollouts: Rollouts, examples: list[Example], tokenizer: Any, reward: Reward
+) -> list[dict[str, Any]]:
+    """One {prompt, completion, answer, reward} per sequence; `examples` has one per prompt."""
+    samples = []
+    for group, ids in zip(rollouts.group_ids.tolist(), rollouts.responses(), strict=True):
+        prompt, answer = examples[group].prompt, examples[group].answer
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        value = score(reward, prompt, text, answer)
+        samples.append({"prompt": prompt, "completion": text, "answer": answer, "reward": value})
+    return samples
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
@@ -25,36 +38,25 @@ def evaluate(
     cfg: Config,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """A completion is right at reward >= 1. `reward` is the mean of the greedy rewards."""
-    metrics: dict[str, float] = {}
-    for samples in (1, cfg.eval.samples):
-        greedy = samples == 1
-        if not greedy and not cfg.eval.k:
-            break
+    """A completion is right at reward >= 1."""
+
+    def rewards(group_size: int, greedy: bool) -> list[float]:
         rollouts = engine.generate(
             prompts,
-            group_size=samples,
+            group_size=group_size,
             max_new_tokens=cfg.rollout.max_new_tokens,
             temperature=cfg.rollout.temperature,
             greedy=greedy,
             generator=generator,
         )
-        texts = [tokenizer.decode(r, skip_special_tokens=True) for r in to_lists(rollouts)]
-        rewards = [
-            score(reward, examples[group].prompt, text, examples[group].answer)
-            for group, text in zip(rollouts.group_ids.tolist(), texts, strict=True)
-        ]
-        if greedy:
-            metrics["eval/greedy"] = sum(r >= 1 for r in rewards) / len(rewards)
-            metrics["eval/reward"] = sum(rewards) / len(rewards)
-            continue
-        right = [
-            sum(r >= 1 for r in rewards[i : i + samples]) for i in range(0, len(rewards), samples)
-        ]
+        return [sample["reward"] for sample in judge(rollouts, examples, tokenizer, reward)]
+
+    greedy = rewards(1, True)
+    metrics = {"eval/greedy": sum(r >= 1 for r in greedy) / len(greedy)}
+    metrics["eval/reward"] = sum(greedy) / len(greedy)
+    if cfg.eval.k:
+        n, sampled = cfg.eval.samples, rewards(cfg.eval.samples, False)
+        right = [sum(r >= 1 for r in sampled[i : i + n]) for i in range(0, len(sampled), n)]
         for k in cfg.eval.k:
-            metrics[f"eval/pass@{k}"] = sum(pass_at_k(samples, c, k) for c in right) / len(right)
+            metrics[f"eval/pass@{k}"] = sum(pass_at_k(n, c, k) for c in right) / len(right)
     return metrics
-
-
-def to_lists(rollouts: Any) -> list[list[int]]:
-    return [response.tolist() for response in rollouts.responses()]

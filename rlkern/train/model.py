@@ -1,4 +1,4 @@
-"""The model and its tokenizer: from a directory, from the hub, or a small one from the config."""
+"""The model and its tokenizer: from a folder, from the hub, or a small one from the config."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
 
+from rlkern.train import TrainError
 from rlkern.train.config import Config
-from rlkern.train.errors import TrainError
 from rlkern.train.tasks import ALPHABET
 
 
@@ -16,22 +16,17 @@ class CharTokenizer:
     """One token per character; ids 0 and 1 are padding and the end mark."""
 
     FILE = "char_tokenizer.json"
-    pad_token_id, eos_token_id = 0, 1
-    chat_template = None
+    pad_token_id, eos_token_id, chat_template = 0, 1, None
 
     def __init__(self, alphabet: str) -> None:
         self.alphabet = alphabet
         self.ids = {character: i for i, character in enumerate(alphabet, 2)}
 
-    def __len__(self) -> int:
-        return 2 + len(self.alphabet)
-
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        unknown = set(text) - set(self.ids)
-        if unknown:
+        if unknown := "".join(sorted(set(text) - set(self.ids))):
             raise TrainError(
-                f"the character tokenizer has no {''.join(sorted(unknown))!r} (it knows "
-                f"{self.alphabet!r}): set model.path to a model with a tokenizer for {text!r}"
+                f"the character tokenizer knows {self.alphabet!r}, but {text!r} holds {unknown!r}: "
+                "set model.path to a model with a tokenizer"
             )
         return [self.ids[character] for character in text]
 
@@ -42,40 +37,32 @@ class CharTokenizer:
         (Path(folder) / self.FILE).write_text(json.dumps({"alphabet": self.alphabet}))
 
 
-def load_model(cfg: Config, path: str | Path | None = None) -> tuple[PreTrainedModel, Any]:
+def load_model(cfg: Config, path: Path | None = None) -> tuple[PreTrainedModel, Any]:
     """-> model and tokenizer; `path` (a checkpoint) stands over `model.path`."""
-    device = pick_device(cfg.run.device)
-    dtype = getattr(torch, cfg.model.dtype)
-    source = str(path or cfg.model.path)
+    device, source = pick_device(cfg.run.device), str(path or cfg.model.path)
+    options = {"dtype": getattr(torch, cfg.model.dtype), "attn_implementation": cfg.model.attention}
+    tokenizer: Any
     if not source:
         torch.manual_seed(cfg.run.seed)
-        tokenizer: Any = CharTokenizer(ALPHABET)
-        config = small_config(cfg, tokenizer)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=cfg.model.attention
-        )
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-    else:
-        try:
-            characters = Path(source) / CharTokenizer.FILE
-            if characters.is_file():
-                tokenizer = CharTokenizer(**json.loads(characters.read_text()))
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation=cfg.model.attention
-            )
-        except Exception as error:  # the libraries raise a dozen kinds for one bad folder
-            raise TrainError(f"model.path: {source!r} could not be loaded: {error}") from error
-    if cfg.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        tokenizer = CharTokenizer(ALPHABET)
+        model = AutoModelForCausalLM.from_config(small_config(cfg), **options)
+        return model.to(device), tokenizer
+    try:
+        characters = Path(source) / CharTokenizer.FILE
+        if characters.is_file():
+            tokenizer = CharTokenizer(**json.loads(characters.read_text()))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except Exception as error:  # the libraries raise a dozen kinds for one bad folder
+        raise TrainError(f"model.path: {source!r} could not be loaded: {error}") from error
     return model.to(device), tokenizer
 
 
-def small_config(cfg: Config, tokenizer: CharTokenizer) -> Qwen3Config:
+def small_config(cfg: Config) -> Qwen3Config:
     shape = cfg.model
     return Qwen3Config(
-        vocab_size=len(tokenizer),
+        vocab_size=len(ALPHABET) + 2,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.layers,
@@ -83,16 +70,14 @@ def small_config(cfg: Config, tokenizer: CharTokenizer) -> Qwen3Config:
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.hidden_size // shape.heads,
         max_position_embeddings=shape.positions,
-        initializer_range=shape.init_std,
         tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+        pad_token_id=CharTokenizer.pad_token_id,
+        eos_token_id=CharTokenizer.eos_token_id,
     )
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Every id that ends a completion; the one that a demonstration ends with comes first."""
+    """Every id that ends a completion; the one that demonstrations end with comes first."""
     listed = getattr(model.generation_config, "eos_token_id", None)
     listed = listed if isinstance(listed, list) else [listed]
     ids = dict.fromkeys(i for i in [tokenizer.eos_token_id, *listed] if i is not None)
@@ -108,7 +93,7 @@ def encode_prompt(tokenizer: Any, prompt: Any, chat_template: str) -> list[int]:
         raise TrainError("data.chat_template = 'on', but the tokenizer has no chat template")
     if not has_template or chat_template == "off":
         if not isinstance(prompt, str):
-            raise TrainError("chat messages need a chat template, and none is in use")
+            raise TrainError("prompts that are chat messages need a chat template; none is in use")
         return list(tokenizer.encode(prompt))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -119,8 +104,6 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise TrainError(f"run.device: {name!r} cannot be used: {error}") from error
-    return device

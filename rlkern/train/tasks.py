@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlkern.train.rewards import evaluate
-
 ALPHABET = "0123456789=+-*,:"
 
 
@@ -36,32 +34,28 @@ def sort_distinct(rng: random.Random, size: int) -> Example:
 
 
 def addition(rng: random.Random, size: int) -> Example:
-    """a+b with `size` digits each, the sum least significant digit first.
-
-    Half of the demonstrations are right: from random ones alone it was not learnt.
-    """
+    """a+b of `size` digits each, the sum least significant digit first; half the demonstrations
+    are right, because from random ones alone it was not learnt."""
     a, b = (rng.randrange(10 ** (size - 1), 10**size) for _ in range(2))
     answer = str(a + b).zfill(size + 1)[::-1]
+    others = 10 ** (size + 1)
+    right, rest = 0.5 + 0.5 / others, 0.5 / others
+    nats = -right * math.log(right) - (others - 1) * rest * math.log(rest)
 
     def demonstrate(rng: random.Random) -> str:
         wrong = "".join(rng.choices("0123456789", k=size + 1))
         return answer if rng.random() < 0.5 else wrong
 
-    others = 10 ** (size + 1)
-    right = 0.5 + 0.5 / others
-    rest = 0.5 / others
-    nats = -right * math.log(right) - (others - 1) * rest * math.log(rest)
     return Example(f"{a}+{b}=", answer, demonstrate, nats)
 
 
 def countdown(rng: random.Random, size: int) -> Example:
     """Numbers and a target -> an expression in + - * that uses each number once."""
-    while True:
+    target = 0
+    while not 1 <= target <= 99:
         numbers = [str(rng.randint(1, 9)) for _ in range(size)]
         solution = _expression(rng, numbers)
-        target = evaluate(solution)
-        if 1 <= target <= 99:
-            break
+        target = eval(solution)  # digits and + - * from the line above
 
     def demonstrate(rng: random.Random) -> str:
         return solution if rng.random() < 0.5 else _expression(rng, numbers)
@@ -73,11 +67,9 @@ TASKS = {f.__name__: f for f in (sort, sort_distinct, addition, countdown)}
 
 
 def _permuted(question: str, answer: list[str]) -> Example:
+    nats = math.lgamma(len(answer) + 1)
     return Example(
-        f"{question}=",
-        "".join(answer),
-        lambda rng: "".join(rng.sample(answer, len(answer))),
-        math.lgamma(len(answer) + 1),
+        f"{question}=", "".join(answer), lambda r: "".join(r.sample(answer, len(answer))), nats
     )
 
 

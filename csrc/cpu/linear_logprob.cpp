@@ -1,0 +1,416 @@
+// Log-prob, logsumexp and entropy straight from hidden states.
+//
+// The tokens lie in the lanes of the registers and the vocabulary runs down them: a tile of logits
+// is folded into the tokens' running statistics while it is still in registers, the weight is read
+// as it lies, and no logit is ever stored. The vocabulary is cut into chunks that depend on its
+// size alone and are merged in order, so a token's bits depend neither on its neighbours nor on
+// the number of threads. The backward recomputes a block of logits, turns it into the gradient
+// with respect to them in the hidden states' dtype, and feeds both remaining products from it.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "check.h"
+#include "dispatch.h"
+#include "matmul.h"
+#include "rlkern/math/softmax_stats.h"
+
+namespace rlkern {
+namespace {
+
+using torch::stable::Tensor;
+
+// Packed hidden states of a block stay in the last-level cache.
+constexpr int64_t kTokenBlock = 1536;
+// Partial statistics: 16 bytes a token and chunk.
+constexpr int64_t kMaxChunks = 32;
+constexpr int64_t kMinChunkRows = 512;
+// A quarter of a 1 MiB L2 for the rows of the weight that every panel of tokens meets.
+constexpr int64_t kWeightBlockBytes = 256 * 1024;
+// Vocabulary rows whose logit gradients exist at a time in the backward.
+constexpr int64_t kGradRows = 2048;
+
+template <class V>
+std::unique_ptr<V[]> scratch(int64_t n) {
+  return std::unique_ptr<V[]>(new V[std::max<int64_t>(n, 1)]);
+}
+
+template <class F>
+void parallel(int64_t n, const F& f) {
+  torch::stable::parallel_for(0, n, 1, f);
+}
+
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t rows, columns, stride;
+
+  explicit Matrix(const Tensor& t)
+      : data(t.const_data_ptr<T>()), rows(t.size(0)), columns(t.size(1)), stride(t.stride(0)) {}
+  const T* row(int64_t i) const { return data + i * stride; }
+};
+
+// What every pass needs of the tokens: padded to whole panels.
+struct Tokens {
+  int64_t count, padded;
+  std::unique_ptr<float[]> inv_temperature;
+  std::unique_ptr<int32_t[]> target;
+
+  Tokens(const Tensor& targets, const std::optional<Tensor>& row_temperature, double temperature,
+         int64_t vocab, int64_t ignore_index, int panel)
+      : count(targets.size(0)),
+        padded(round_up(count, panel)),
+        inv_temperature(scratch<float>(padded)),
+        target(scratch<int32_t>(padded)) {
+    const int64_t* wanted = targets.const_data_ptr<int64_t>();
+    const float* rows = row_temperature ? row_temperature->const_data_ptr<float>() : nullptr;
+    for (int64_t t = 0; t < padded; ++t) {
+      const bool real = t < count;
+      const float value = real && rows ? rows[t] : static_cast<float>(temperature);
+      inv_temperature[t] = 1.0f / value;
+      const bool in_vocab =
+          real && wanted[t] >= 0 && wanted[t] < vocab && wanted[t] != ignore_index;
+      target[t] = in_vocab ? static_cast<int32_t>(wanted[t]) : -1;
+    }
+  }
+  TokenInputs at(int64_t t) const { return {inv_temperature.get() + t, target.get() + t}; }
+};
+
+// The weight's rows as units: in place where they already are, else through a scratch copy.
+template <class Unit, class T>
+class WeightRows {
+ public:
+  WeightRows(const Matrix<T>& weight, int tile_rows)
+      : weight_(weight),
+        tile_rows_(tile_rows),
+        units_(units_of<Unit>(weight.columns)),
+        block_(std::clamp<int64_t>(kWeightBlockBytes / (4 * std::max<int64_t>(units_, 1)),
+                                   tile_rows, 128) /
+               tile_rows * tile_rows) {
+    const bool same = std::is_same_v<T, float> == std::is_same_v<Unit, float> &&
+                      !std::is_same_v<T, fp16>;
+    in_place_ = same && weight.columns % kPerUnit<Unit> == 0 &&
+                weight.stride % kPerUnit<Unit> == 0 &&
+                reinterpret_cast<uintptr_t>(weight.data) % sizeof(Unit) == 0;
+  }
+
+  // f(pointer, stride, first row, rows) over blocks of [begin, end)
+  template <class F>
+  void for_blocks(int64_t begin, int64_t end, const F& f) const {
+    std::unique_ptr<Unit[]> copy;
+    for (int64_t row = begin; row < end; row += block_) {
+      const int64_t rows = std::min(block_, end - row);
+      if (in_place_ && rows % tile_rows_ == 0) {
+        f(reinterpret_cast<const Unit*>(weight_.row(row)), weight_.stride / kPerUnit<Unit>, row,
+          rows);
+        continue;
+      }
+      if (!copy) copy = scratch<Unit>(block_ * units_);
+      copy_rows<Unit>(weight_.row(row), weight_.stride, rows, weight_.columns,
+                      round_up(rows, tile_rows_), copy.get());
+      f(copy.get(), units_, row, rows);
+    }
+  }
+  int64_t block() const { return block_; }
+
+ private:
+  Matrix<T> weight_;
+  int tile_rows_;
+  int64_t units_, block_;
+  bool in_place_;
+};
+
+// Tokens [begin, end) as panels of columns, for products that run over the hidden size.
+template <class Unit, class T>
+std::unique_ptr<Unit[]> pack_tokens(const Matrix<T>& hidden, int64_t begin, int64_t end,
+                                    int panel) {
+  const int64_t units = units_of<Unit>(hidden.columns);
+  const int64_t panels = round_up(end - begin, panel) / panel;
+  auto packed = scratch<Unit>(panels * panel * units);
+  parallel(panels, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; ++p) {
+      const int64_t first = begin + p * panel;
+      pack_rows_as_columns<Unit>(hidden.row(first), hidden.stride,
+                                 std::min<int64_t>(panel, end - first), hidden.columns, panel,
+                                 packed.get() + p * panel * units);
+    }
+  });
+  return packed;
+}
+
+// Rows [begin, end) as panels over the hidden size, for products that run over those rows.
+template <class Unit, class T>
+void pack_rows(const Matrix<T>& matrix, int64_t begin, int64_t end, int64_t units, int panel,
+               Unit* packed) {
+  const int64_t panels = round_up(matrix.columns, panel) / panel;
+  parallel(panels, [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; ++p)
+      pack_columns<Unit>(matrix.row(begin) + p * panel, matrix.stride, end - begin, units,
+                         matrix.columns - p * panel, panel, packed + p * panel * units);
+  });
+}
+
+template <class Unit, class T>
+void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const Tensor& targets,
+                  const std::optional<Tensor>& row_temperature, double temperature,
+                  int64_t ignore_index, float* logprob, float* logsumexp, float* entropy) {
+  const TileKernels<Unit> kernels = tile_kernels<Unit>();
+  const int panel = kernels.panel;
+  const int64_t vocab = weight.rows, units = units_of<Unit>(hidden.columns);
+  const Tokens tokens(targets, row_temperature, temperature, vocab, ignore_index, panel);
+  const int64_t* wanted = targets.const_data_ptr<int64_t>();
+  const int64_t chunk_rows =
+      round_up(std::max(kMinChunkRows, (vocab + kMaxChunks - 1) / kMaxChunks), kernels.rows);
+  const int64_t chunks = (vocab + chunk_rows - 1) / chunk_rows;
+  const WeightRows<Unit, T> rows_of(weight, kernels.rows);
+  const int64_t block = kTokenBlock / panel * panel;
+  const int64_t width = std::min(block, tokens.padded);
+  auto partial = scratch<float>(chunks * 4 * width);
+
+  for (int64_t begin = 0; begin < tokens.count; begin += block) {
+    const int64_t end = std::min(begin + block, tokens.count);
+    const int64_t panels = round_up(end - begin, panel) / panel;
+    const auto packed = pack_tokens<Unit>(hidden, begin, end, panel);
+    const auto stats_of = [&](int64_t chunk, int64_t t) -> TokenStats {
+      float* base = partial.get() + chunk * 4 * width + t;
+      return {base, base + width, base + 2 * width, base + 3 * width};
+    };
+    parallel(chunks, [&](int64_t from, int64_t to) {
+      for (int64_t chunk = from; chunk < to; ++chunk) {
+        const TokenStats all = stats_of(chunk, 0);
+        std::fill_n(all.max, width, -INFINITY);
+        std::fill_n(all.sum, width, 0.0f);
+        std::fill_n(all.dot, width, 0.0f);
+        std::fill_n(all.target_logit, width, NAN);
+        rows_of.for_blocks(
+            chunk * chunk_rows, std::min(vocab, (chunk + 1) * chunk_rows),
+            [&](const Unit* w, int64_t stride, int64_t first, int64_t rows) {
+              for (int64_t p = 0; p < panels; ++p)
+                kernels.fold_logits(w, stride, rows, first, packed.get() + p * panel * units, units,
+                                    tokens.at(begin + p * panel), stats_of(chunk, p * panel));
+            });
+      }
+    });
+    for (int64_t t = begin; t < end; ++t) {
+      const float inv = tokens.inv_temperature[t];
+      SoftmaxStats stats;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const TokenStats s = stats_of(chunk, t - begin);
+        stats.merge({*s.max, *s.sum, *s.dot}, inv);
+      }
+      logsumexp[t] = stats.logsumexp(inv);
+      const int32_t target = tokens.target[t];
+      logprob[t] = wanted[t] == ignore_index ? 0.0f : NAN;
+      if (target >= 0)
+        logprob[t] =
+            stats.logprob(*stats_of(target / chunk_rows, t - begin).target_logit, inv);
+      if (entropy) entropy[t] = stats.entropy();
+    }
+  }
+}
+
+const float* optional_data(const std::optional<Tensor>& t) {
+  return t.has_value() ? t->const_data_ptr<float>() : nullptr;
+}
+
+struct Upstream {
+  const float *logprob, *logsumexp, *entropy;
+};
+
+template <class Unit, class T>
+void backward_rows(Upstream upstream, const Matrix<T>& hidden, const Matrix<T>& weight,
+                   const Tensor& targets, const float* logsumexp, const float* entropy,
+                   const std::optional<Tensor>& row_temperature, double temperature,
+                   int64_t ignore_index, T* grad_hidden, T* grad_weight) {
+  constexpr int64_t kPer = kPerUnit<Unit>;
+  const TileKernels<Unit> kernels = tile_kernels<Unit>();
+  const int panel = kernels.panel;
+  const int64_t vocab = weight.rows, depth = hidden.columns, units = units_of<Unit>(depth);
+  const Tokens tokens(targets, row_temperature, temperature, vocab, ignore_index, panel);
+  const int64_t* wanted = targets.const_data_ptr<int64_t>();
+  const int64_t padded = tokens.padded;
+
+  auto token_grads = scratch<float>(4 * padded);
+  float* fields[4];
+  for (int i = 0; i < 4; ++i) fields[i] = token_grads.get() + i * padded;
+  std::fill_n(fields[0], 4 * padded, 0.0f);
+  for (int64_t t = 0; t < tokens.count; ++t) {
+    const bool ignored = wanted[t] == ignore_index;
+    const SoftmaxGrad g(upstream.logprob && !ignored ? upstream.logprob[t] : 0.0f,
+                        upstream.entropy ? upstream.entropy[t] : 0.0f,
+                        upstream.logsumexp ? upstream.logsumexp[t] : 0.0f,
+                        upstream.entropy ? entropy[t] : 0.0f);
+    fields[0][t] = g.target;
+    fields[1][t] = g.constant;
+    fields[2][t] = g.entropy;
+    fields[3][t] = logsumexp[t];
+  }
+
+  const int64_t block = kTokenBlock / panel * panel;
+  const int64_t width = std::min(block, padded);
+  const int64_t hidden_panels = round_up(depth, panel) / panel, wide = hidden_panels * panel;
+  const int64_t grad_rows = std::min(kGradRows, round_up(vocab, 2 * kernels.rows));
+  const bool one_block = tokens.count <= block;
+  const WeightRows<Unit, T> rows_of(weight, kernels.rows);
+
+  auto by_vocab = scratch<Unit>(grad_rows * width / kPer);
+  auto by_token = scratch<Unit>(grad_rows * width / kPer);
+  auto weight_panels = grad_hidden ? scratch<Unit>(grad_rows / kPer * wide) : nullptr;
+  auto token_panels = grad_weight ? scratch<Unit>(width / kPer * wide) : nullptr;
+  auto hidden_sum = grad_hidden ? scratch<float>(padded * wide) : nullptr;
+  auto weight_sum = grad_weight ? scratch<float>(grad_rows * wide) : nullptr;
+  if (grad_hidden) std::fill_n(hidden_sum.get(), padded * wide, 0.0f);
+  std::unique_ptr<Unit[]> packed;
+
+  for (int64_t v0 = 0; v0 < vocab; v0 += grad_rows) {
+    const int64_t v1 = std::min(vocab, v0 + grad_rows), rows = v1 - v0;
+    const int64_t padded_rows = round_up(rows, kernels.rows);
+    if (grad_hidden)
+      pack_rows<Unit>(weight, v0, v1, padded_rows / kPer, panel, weight_panels.get());
+    if (grad_weight) std::fill_n(weight_sum.get(), padded_rows * wide, 0.0f);
+
+    for (int64_t t0 = 0; t0 < tokens.count; t0 += block) {
+      const int64_t t1 = std::min(tokens.count, t0 + block);
+      const int64_t panels = round_up(t1 - t0, panel) / panel, columns = panels * panel;
+      if (!one_block || v0 == 0) {
+        packed = pack_tokens<Unit>(hidden, t0, t1, panel);
+        if (grad_weight)
+          pack_rows<Unit>(hidden, t0, t1, columns / kPer, panel, token_panels.get());
+      }
+      // the gradient of this block of logits, in both orders
+      parallel(panels, [&](int64_t from, int64_t to) {
+        rows_of.for_blocks(v0, v1, [&](const Unit* w, int64_t stride, int64_t first, int64_t n) {
+          for (int64_t p = from; p < to; ++p) {
+            const int64_t t = t0 + p * panel, row = first - v0;
+            kernels.logit_gradient(
+                w, stride, n, first, packed.get() + p * panel * units, units, tokens.at(t),
+                {fields[0] + t, fields[1] + t, fields[2] + t, fields[3] + t},
+                by_vocab.get() + (row * columns + p * panel) / kPer, columns / kPer,
+                by_token.get() + (p * padded_rows + row) / kPer * panel);
+          }
+        });
+      });
+      if (grad_hidden) {
+        parallel(panels * hidden_panels, [&](int64_t from, int64_t to) {
+          for (int64_t i = from; i < to; ++i) {
+            const int64_t p = i / hidden_panels, h = i % hidden_panels;
+            kernels.accumulate(by_token.get() + p * padded_rows / kPer * panel, 1, panel,
+                               weight_panels.get() + h * padded_rows / kPer * panel,
+                               padded_rows / kPer, panel,
+                               hidden_sum.get() + (t0 + p * panel) * wide + h * panel, wide);
+          }
+        });
+      }
+      if (grad_weight) {
+        // groups of rows small enough for L1 beside the panel
+        const int64_t group = 8 * kernels.rows, groups = (padded_rows + group - 1) / group;
+        parallel(hidden_panels * groups, [&](int64_t from, int64_t to) {
+          for (int64_t i = from; i < to; ++i) {
+            const int64_t h = i / groups, row = i % groups * group;
+            kernels.accumulate(by_vocab.get() + row * columns / kPer, columns / kPer, 1,
+                               token_panels.get() + h * columns / kPer * panel, columns / kPer,
+                               std::min(group, padded_rows - row),
+                               weight_sum.get() + row * wide + h * panel, wide);
+          }
+        });
+      }
+    }
+    if (grad_weight) {
+      parallel(rows, [&](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; ++r)
+          convert_row(weight_sum.get() + r * wide, grad_weight + (v0 + r) * depth, depth);
+      });
+    }
+  }
+  if (grad_hidden) {
+    parallel(tokens.count, [&](int64_t from, int64_t to) {
+      for (int64_t t = from; t < to; ++t)
+        convert_row(hidden_sum.get() + t * wide, grad_hidden + t * depth, depth);
+    });
+  }
+}
+
+// Runs the body with Unit = Pair where bfloat16 products exist and the data are bfloat16.
+template <class T, class F>
+void with_unit(const F& f) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (cpu_isa() == Isa::kAvx512Bf16) return f(Pair{});
+  }
+  f(float{});
+}
+
+void check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+  RLK_CHECK_CPU(hidden);
+  RLK_CHECK_CPU(weight);
+  RLK_CHECK_DIM(hidden, 2);
+  RLK_CHECK_DIM(weight, 2);
+  RLK_CHECK_DTYPE(targets, Long);
+  RLK_CHECK_CONTIGUOUS(targets);
+  RLK_CHECK_SIZE(targets, 0, hidden.size(0));
+  RLK_CHECK_SIZE(weight, 1, hidden.size(1));
+  STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type(),
+                  "hidden and weight must have the same dtype");
+  STD_TORCH_CHECK(hidden.size(1) == 0 || hidden.stride(1) == 1, "hidden must have contiguous rows");
+  STD_TORCH_CHECK(weight.size(1) == 0 || weight.stride(1) == 1, "weight must have contiguous rows");
+  STD_TORCH_CHECK(weight.size(0) < (int64_t{1} << 31), "weight must have fewer than 2^31 rows");
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor targets,
+                                           std::optional<Tensor> row_temperature,
+                                           double temperature, int64_t ignore_index,
+                                           bool want_entropy) {
+  check_inputs(hidden, weight, targets);
+  const int64_t count = hidden.size(0);
+  const auto kFloat = torch::headeronly::ScalarType::Float;
+  Tensor logprob = torch::stable::new_empty(hidden, {count}, kFloat);
+  Tensor logsumexp = torch::stable::new_empty(hidden, {count}, kFloat);
+  Tensor entropy = torch::stable::new_empty(hidden, {want_entropy ? count : 0}, kFloat);
+  RLK_DISPATCH_FLOAT(hidden, T, {
+    with_unit<T>([&](auto unit) {
+      forward_rows<decltype(unit)>(
+          Matrix<T>(hidden), Matrix<T>(weight), targets, row_temperature, temperature, ignore_index,
+          logprob.mutable_data_ptr<float>(), logsumexp.mutable_data_ptr<float>(),
+          want_entropy ? entropy.mutable_data_ptr<float>() : nullptr);
+    });
+  });
+  return {logprob, logsumexp, entropy};
+}
+
+std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_logprob,
+                                    std::optional<Tensor> grad_logsumexp,
+                                    std::optional<Tensor> grad_entropy, Tensor hidden,
+                                    Tensor weight, Tensor targets, Tensor logsumexp,
+                                    Tensor entropy, std::optional<Tensor> row_temperature,
+                                    double temperature, int64_t ignore_index, bool need_hidden,
+                                    bool need_weight) {
+  check_inputs(hidden, weight, targets);
+  Tensor grad_hidden = torch::stable::new_empty(
+      hidden, {need_hidden ? hidden.size(0) : 0, hidden.size(1)});
+  Tensor grad_weight = torch::stable::new_empty(
+      hidden, {need_weight ? weight.size(0) : 0, weight.size(1)});
+  const Upstream upstream = {optional_data(grad_logprob), optional_data(grad_logsumexp),
+                             optional_data(grad_entropy)};
+  RLK_DISPATCH_FLOAT(hidden, T, {
+    with_unit<T>([&](auto unit) {
+      backward_rows<decltype(unit)>(
+          upstream, Matrix<T>(hidden), Matrix<T>(weight), targets,
+          logsumexp.const_data_ptr<float>(), entropy.const_data_ptr<float>(), row_temperature,
+          temperature, ignore_index, need_hidden ? grad_hidden.mutable_data_ptr<T>() : nullptr,
+          need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr);
+    });
+  });
+  return {grad_hidden, grad_weight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) {
+  m.impl("linear_logprob_fwd", TORCH_BOX(&forward));
+  m.impl("linear_logprob_bwd", TORCH_BOX(&backward));
+}
+
+}  // namespace rlkern

@@ -1,0 +1,227 @@
+// Matrix products whose float32 accumulators are kept: the register tiles of each instruction set,
+// the choice between them at run time, and the packing of their operands.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "vec.h"
+
+namespace rlkern {
+
+// Two bfloat16 of neighbouring k, the earlier one in the low half.
+struct Pair {
+  int32_t bits;
+};
+
+// How many k a unit holds.
+template <class Unit>
+constexpr int64_t kPerUnit = std::is_same_v<Unit, Pair> ? 2 : 1;
+
+// Per token, read by the tiles; all arrays padded to whole panels.
+struct TokenInputs {
+  const float* inv_temperature;
+  const int32_t* target;  // -1: none in the vocabulary
+};
+
+// Per token, updated by the tiles: see math/softmax_stats.h.
+struct TokenStats {
+  float* max;
+  float* sum;
+  float* dot;
+  float* target_logit;
+};
+
+// Per token: the fields of SoftmaxGrad, and the row's logsumexp.
+struct TokenGrads {
+  const float* target;
+  const float* constant;
+  const float* entropy;
+  const float* logsumexp;
+};
+
+template <class Unit>
+struct TileKernels {
+  int rows;   // of C in a register tile
+  int panel;  // columns of C in a register tile
+  void (*fold_logits)(const Unit* weight, int64_t row_stride, int64_t rows, int64_t first_row,
+                      const Unit* hidden, int64_t units, const TokenInputs& token,
+                      const TokenStats& stats);
+  void (*logit_gradient)(const Unit* weight, int64_t row_stride, int64_t rows, int64_t first_row,
+                         const Unit* hidden, int64_t units, const TokenInputs& token,
+                         const TokenGrads& grads, Unit* by_vocab, int64_t vocab_stride,
+                         Unit* by_token);
+  void (*accumulate)(const Unit* a, int64_t row_stride, int64_t unit_stride, const Unit* b,
+                     int64_t units, int64_t rows, float* c, int64_t c_stride);
+};
+
+// 16 registers of 128 bits: two rows of one 16-lane vector
+#define RLK_ISA isa_default
+#define RLK_TARGET
+#define RLK_ROWS 2
+#define RLK_VECTORS 1
+#define RLK_HAS_BF16_DOT 0
+#include "matmul_tile.h"
+
+#if defined(__x86_64__)
+// 16 registers of 256 bits: eight accumulators hide the latency of two FMA units
+#define RLK_ISA isa_avx2
+#define RLK_TARGET __attribute__((target("avx2,fma,f16c")))
+#define RLK_ROWS 4
+#define RLK_VECTORS 1
+#define RLK_HAS_BF16_DOT 0
+#include "matmul_tile.h"
+
+// 32 registers of 512 bits: 24 accumulators, a unit loaded for three products
+#define RLK_ISA isa_avx512
+#define RLK_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#define RLK_ROWS 8
+#define RLK_VECTORS 3
+#define RLK_HAS_BF16_DOT 0
+#include "matmul_tile.h"
+
+#define RLK_ISA isa_avx512_bf16
+#define RLK_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx512bf16")))
+#define RLK_ROWS 8
+#define RLK_VECTORS 3
+#define RLK_HAS_BF16_DOT 1
+#include "matmul_tile.h"
+#endif
+
+enum class Isa { kDefault, kAvx2, kAvx512, kAvx512Bf16 };
+
+// The widest that this CPU has; RLKERN_CPU_ISA=default|avx2|avx512 holds it back.
+inline Isa choose_isa() {
+  Isa isa = Isa::kDefault;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isa = Isa::kAvx2;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    isa = __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+  }
+#endif
+  const char* wanted = std::getenv("RLKERN_CPU_ISA");
+  const std::string_view name = wanted ? wanted : "";
+  if (name == "default") isa = Isa::kDefault;
+  if (name == "avx2") isa = std::min(isa, Isa::kAvx2);
+  if (name == "avx512") isa = std::min(isa, Isa::kAvx512);
+  return isa;
+}
+
+inline Isa cpu_isa() {
+  static const Isa isa = choose_isa();
+  return isa;
+}
+
+template <class Unit>
+TileKernels<Unit> tile_kernels() {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<Unit, Pair>) return isa_avx512_bf16::kernels<Pair>();
+#endif
+  if constexpr (std::is_same_v<Unit, float>) {
+    switch (cpu_isa()) {
+#if defined(__x86_64__)
+      case Isa::kAvx512Bf16:
+      case Isa::kAvx512:
+        return isa_avx512::kernels<float>();
+      case Isa::kAvx2:
+        return isa_avx2::kernels<float>();
+#endif
+      default:
+        return isa_default::kernels<float>();
+    }
+  }
+}
+
+template <class Unit>
+int64_t units_of(int64_t depth) {
+  return (depth + kPerUnit<Unit> - 1) / kPerUnit<Unit>;
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <class T>
+RLK_HD void set_unit(float* out, T even, T) {
+  *out = static_cast<float>(even);
+}
+RLK_HD void set_unit(Pair* out, bf16 even, bf16 odd) {
+  out->bits = static_cast<int32_t>(even.x | static_cast<uint32_t>(odd.x) << 16);
+}
+
+// `rows` rows of length `depth` as units, each row padded with zeros to `units`, and rows of zeros
+// up to `padded_rows`.
+template <class Unit, class T>
+void copy_rows(const T* src, int64_t stride, int64_t rows, int64_t depth, int64_t padded_rows,
+               Unit* out) {
+  const int64_t units = units_of<Unit>(depth), whole = depth / kPerUnit<Unit>;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = src + r * stride;
+    for (int64_t u = 0; u < whole; ++u)
+      set_unit(out + r * units + u, row[u * kPerUnit<Unit>],
+               row[u * kPerUnit<Unit> + kPerUnit<Unit> - 1]);
+    if (whole < units) set_unit(out + r * units + whole, row[depth - 1], T(0.0f));
+  }
+  std::memset(static_cast<void*>(out + rows * units), 0,
+              sizeof(Unit) * (padded_rows - rows) * units);
+}
+
+// A panel of B from the rows of a matrix: B[k][n] = src[n][k]. Columns past `rows` are 0.
+template <class Unit, class T>
+void pack_rows_as_columns(const T* src, int64_t stride, int64_t rows, int64_t depth, int panel,
+                          Unit* out) {
+  constexpr int64_t kPer = kPerUnit<Unit>;
+  const int64_t units = units_of<Unit>(depth);
+  // a block of units at a time: the writes then stay within a few pages
+  for (int64_t begin = 0; begin < units; begin += 64) {
+    const int64_t end = std::min(units, begin + 64);
+    for (int64_t n = 0; n < panel; ++n) {
+      const T* row = src + n * stride;
+      for (int64_t u = begin; u < end; ++u) {
+        const bool even = n < rows, odd = even && u * kPer + kPer - 1 < depth;
+        set_unit(out + u * panel + n, even ? row[u * kPer] : T(0.0f),
+                 odd ? row[u * kPer + kPer - 1] : T(0.0f));
+      }
+    }
+  }
+}
+
+// A panel of B as it lies: B[k][n] = src[k][column + n]. Rows past `depth` and columns past
+// `columns` are 0.
+template <class Unit, class T>
+void pack_columns(const T* src, int64_t stride, int64_t depth, int64_t units, int64_t columns,
+                  int panel, Unit* out) {
+  constexpr int64_t kPer = kPerUnit<Unit>;
+  const int64_t width = std::min<int64_t>(columns, panel);
+  for (int64_t u = 0; u < units; ++u) {
+    Unit* line = out + u * panel;
+    std::memset(static_cast<void*>(line), 0, sizeof(Unit) * panel);
+    const int64_t k = u * kPer;
+    if (k >= depth) continue;
+    const T* even = src + k * stride;
+    const T* odd = even + (kPer - 1) * stride;
+    if (k + kPer <= depth) {
+      for (int64_t n = 0; n < width; ++n) set_unit(line + n, even[n], odd[n]);
+    } else {
+      for (int64_t n = 0; n < width; ++n) set_unit(line + n, even[n], T(0.0f));
+    }
+  }
+}
+
+// A row of float32 sums in the output's dtype.
+template <class T>
+void convert_row(const float* sums, T* out, int64_t columns) {
+  int64_t n = 0;
+  for (; n + kLanes <= columns; n += kLanes) store(out + n, load(sums + n));
+  for (; n < columns; ++n) out[n] = static_cast<T>(sums[n]);
+}
+
+}  // namespace rlkern

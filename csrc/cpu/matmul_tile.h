@@ -1,0 +1,182 @@
+// One register tile of a matrix product, and what linear_logprob does with it while it is there.
+//
+// Included once per instruction set, with RLK_ISA (a namespace), RLK_TARGET (the target attribute),
+// RLK_ROWS x RLK_VECTORS (the register tile) and RLK_HAS_BF16_DOT defined; hence no include guard.
+//
+// C[r][n] = sum_k A[r][k] B[k][n], accumulated in float32 in the order of k, whatever the blocking.
+// Both operands come in 32-bit units: a float is one k, a pair of bfloat16 two neighbouring ones.
+//   A  any strides: a unit is broadcast, so nothing is gained by packing it
+//   B  packed panels [unit][kPanel]: kPanel columns of C, one 16-lane vector after another
+
+namespace RLK_ISA {
+
+constexpr int kRows = RLK_ROWS;
+constexpr int kVectors = RLK_VECTORS;
+constexpr int kPanel = kVectors * kLanes;
+
+struct Tile {
+  f32x16 at[kRows][kVectors];
+};
+
+RLK_TARGET static inline __attribute__((always_inline)) f32x16 dot(f32x16 acc, float a,
+                                                                   const float* b) {
+  return acc + a * load(b);
+}
+
+#if RLK_HAS_BF16_DOT
+RLK_TARGET static inline __attribute__((always_inline)) f32x16 dot(f32x16 acc, Pair a,
+                                                                   const Pair* b) {
+  return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a.bits),
+                                  (__m512bh)_mm512_loadu_si512(b));
+}
+#endif
+
+template <class Unit>
+RLK_TARGET static inline __attribute__((always_inline)) void multiply(const Unit* a,
+                                                                      int64_t row_stride,
+                                                                      int64_t unit_stride,
+                                                                      const Unit* b, int64_t units,
+                                                                      Tile& acc) {
+  for (int64_t k = 0; k < units; ++k, a += unit_stride, b += kPanel) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Unit value = a[r * row_stride];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        acc.at[r][v] = dot(acc.at[r][v], value, b + v * kLanes);
+    }
+  }
+}
+
+// Logits of `rows` vocabulary rows for one panel of tokens, folded into the panel's statistics.
+template <class Unit>
+RLK_TARGET static void fold_logits(const Unit* weight, int64_t row_stride, int64_t rows,
+                                   int64_t first_row, const Unit* hidden, int64_t units,
+                                   const TokenInputs& token, const TokenStats& stats) {
+  for (int64_t row = 0; row < rows; row += kRows) {
+    Tile z{};
+    multiply(weight + row * row_stride, row_stride, 1, hidden, units, z);
+    const int count = static_cast<int>(std::min<int64_t>(kRows, rows - row));
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t t = v * kLanes;
+      const f32x16 inv = load(token.inv_temperature + t);
+      const f32x16 old_max = load(stats.max + t);
+      f32x16 top = old_max;
+      for (int r = 0; r < count; ++r) top = vmax(z.at[r][v], top);
+      f32x16 shift = (old_max - top) * inv;
+      shift = shift < kExpUnderflow ? splat(kExpUnderflow) : shift;
+      const f32x16 scale = exp(shift);
+      f32x16 sum = load(stats.sum + t);
+      f32x16 dotted = scale * (load(stats.dot + t) + sum * shift);
+      sum = scale * sum;
+      i32x16 target;
+      std::memcpy(&target, token.target + t, sizeof target);
+      f32x16 hit = load(stats.target_logit + t);
+      for (int r = 0; r < count; ++r) {
+        f32x16 d = (z.at[r][v] - top) * inv;
+        d = d < kExpUnderflow ? splat(kExpUnderflow) : d;
+        const f32x16 e = exp(d);
+        sum += e;
+        dotted += e * d;
+        hit = target == static_cast<int32_t>(first_row + row + r) ? z.at[r][v] : hit;
+      }
+      store(stats.max + t, top);
+      store(stats.sum + t, sum);
+      store(stats.dot + t, dotted);
+      store(stats.target_logit + t, hit);
+    }
+  }
+}
+
+RLK_TARGET static inline __attribute__((always_inline)) void store_units(
+    const f32x16 (&z)[kRows], int count, float* by_vocab, int64_t vocab_stride, float* by_token) {
+  for (int r = 0; r < count; ++r) {
+    store(by_vocab + r * vocab_stride, z[r]);
+    store(by_token + r * kPanel, z[r]);
+  }
+}
+
+// Pairs along the tokens for one product, pairs along the vocabulary for the other.
+RLK_TARGET static inline __attribute__((always_inline)) void store_units(
+    const f32x16 (&z)[kRows], int count, Pair* by_vocab, int64_t vocab_stride, Pair* by_token) {
+  for (int r = 0; r < count; r += 2) {
+    const i32x16 even = bf16_bits(z[r]), odd = bf16_bits(z[r + 1]);
+    const i32x16 pair = (even & 0xFFFF) | (odd << 16);
+    std::memcpy(by_token + r / 2 * kPanel, &pair, sizeof pair);
+    const u16x16 low = __builtin_convertvector(even, u16x16);
+    const u16x16 high = __builtin_convertvector(odd, u16x16);
+    std::memcpy(by_vocab + r * vocab_stride, &low, sizeof low);
+    std::memcpy(by_vocab + (r + 1) * vocab_stride, &high, sizeof high);
+  }
+}
+
+// The same logits again, turned into the loss's gradient with respect to them. Rows from
+// `rows` on, up to the next multiple of kRows, are written as 0.
+template <class Unit>
+RLK_TARGET static void logit_gradient(const Unit* weight, int64_t row_stride, int64_t rows,
+                                      int64_t first_row, const Unit* hidden, int64_t units,
+                                      const TokenInputs& token, const TokenGrads& grads,
+                                      Unit* by_vocab, int64_t vocab_stride, Unit* by_token) {
+  constexpr int64_t kPer = kPerUnit<Unit>;
+  for (int64_t row = 0; row < rows; row += kRows) {
+    Tile z{};
+    multiply(weight + row * row_stride, row_stride, 1, hidden, units, z);
+    const int count = static_cast<int>(std::min<int64_t>(kRows, rows - row));
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t t = v * kLanes;
+      const f32x16 inv = load(token.inv_temperature + t);
+      const f32x16 lse = load(grads.logsumexp + t);
+      const f32x16 constant = load(grads.constant + t);
+      const f32x16 b = load(grads.entropy + t);
+      const f32x16 a = load(grads.target + t);
+      i32x16 target;
+      std::memcpy(&target, token.target + t, sizeof target);
+      f32x16 d[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        f32x16 log_p = z.at[r][v] * inv - lse;
+        log_p = log_p < kExpUnderflow ? splat(kExpUnderflow) : log_p;
+        f32x16 g = exp(log_p) * (constant - b * log_p);
+        g = target == static_cast<int32_t>(first_row + row + r) ? g + a : g;
+        d[r] = r < count ? g * inv : splat(0.0f);
+      }
+      store_units(d, kRows, by_vocab + row * vocab_stride + t / kPer, vocab_stride,
+                  by_token + row / kPer * kPanel + t);
+    }
+  }
+}
+
+// C += A B for `rows` rows (a multiple of kRows) and one panel of columns.
+template <class Unit>
+RLK_TARGET static void accumulate(const Unit* a, int64_t row_stride, int64_t unit_stride,
+                                  const Unit* b, int64_t units, int64_t rows, float* c,
+                                  int64_t c_stride) {
+  for (int64_t row = 0; row < rows; row += kRows) {
+    Tile acc;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        acc.at[r][v] = load(c + (row + r) * c_stride + v * kLanes);
+    multiply(a + row * row_stride, row_stride, unit_stride, b, units, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        store(c + (row + r) * c_stride + v * kLanes, acc.at[r][v]);
+  }
+}
+
+template <class Unit>
+constexpr TileKernels<Unit> kernels() {
+  return {kRows, kPanel, &fold_logits<Unit>, &logit_gradient<Unit>, &accumulate<Unit>};
+}
+
+}  // namespace RLK_ISA
+
+#undef RLK_ISA
+#undef RLK_TARGET
+#undef RLK_ROWS
+#undef RLK_VECTORS
+#undef RLK_HAS_BF16_DOT

@@ -1,0 +1,82 @@
+"""Schema, fake, autograd and owners of `policy_loss`."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlkern import _library
+from rlkern.ops.policy_loss import reference
+
+METRICS = (
+    "num_tokens",
+    "pg_clipfrac",
+    "pg_clipfrac_lower",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "ppo_kl",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "kl",
+    "entropy",
+)
+
+
+def _fake(logprob, *rest):
+    want_grad, want_entropy_grad = rest[-2:]
+    loss = logprob.new_empty((), dtype=torch.float32)
+    metrics = logprob.new_empty((len(METRICS),), dtype=torch.float32)
+    grad = logprob.new_empty(logprob.shape if want_grad else (0,), dtype=torch.float32)
+    grad_entropy = logprob.new_empty(
+        logprob.shape if want_entropy_grad else (0,), dtype=torch.float32
+    )
+    return loss, metrics, grad, grad_entropy
+
+
+_library.define(
+    "policy_loss_fwd(Tensor logprob, Tensor old_logprob, Tensor advantages, Tensor? cu_seqlens, "
+    "Tensor? mask, Tensor? ref_logprob, Tensor? entropy, bool sequence_level, int surrogate, "
+    "float ratio_low, float ratio_high, float ratio_cap, float log_ratio_clamp, int kl_type, "
+    "float kl_coef, float kl_input_clamp, float kl_output_clamp, float entropy_coef, "
+    "int denominator, bool divide_by_length, float scale, bool want_grad, "
+    "bool want_entropy_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+_library.fill("policy_loss_fwd", reference.forward, "rlkern.ops.policy_loss.triton:forward")
+
+
+class PolicyLoss(torch.autograd.Function):
+    """(loss, metrics); the forward pass has the gradient already, up to the upstream scalar."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logprob: Tensor,
+        entropy: Tensor | None,
+        old_logprob: Tensor,
+        advantages: Tensor,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+        ref_logprob: Tensor | None,
+        constants: tuple,
+    ):
+        # float64 is for checking formulas: the reference alone computes in it
+        double = logprob.dtype == torch.float64
+        run = reference.forward if double else torch.ops.rlkern.policy_loss_fwd
+        tensors = (logprob, old_logprob, advantages, cu_seqlens, mask, ref_logprob, entropy)
+        loss, metrics, *grads = run(*tensors, *constants, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * 8
+        grads = [
+            coefficient * grad_loss if wanted else None
+            for coefficient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad)
+        ]
+        return (*grads, *(None,) * 6)

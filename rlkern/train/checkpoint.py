@@ -1,0 +1,127 @@
+"""Checkpoints that are either whole or absent.
+
+One is written to a hidden folder, synced, listed with sizes and CRCs in `manifest.json`, and
+renamed into place. Its `model/` is an ordinary Hugging Face folder, good for `model.path`.
+"""
+
+import json
+import os
+import random
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from rlkern.train import TrainError
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    keep: int,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> None:
+    """Writes `folder`/step_<step> and drops all but the last `keep`; a failure drops nothing."""
+    target, part = folder / f"step_{step:06d}", folder / f".part_{step:06d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".part_*"):  # of a run that was killed while writing
+            shutil.rmtree(leftover)
+        part.mkdir()
+        model.save_pretrained(part / "model")
+        tokenizer.save_pretrained(part / "model")
+        torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_state()}, part / "trainer.pt")
+        (part / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        files = [path for path in part.rglob("*") if path.is_file()]
+        manifest = {str(f.relative_to(part)): [f.stat().st_size, _crc(f)] for f in files}
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (*part.rglob("*"), part):
+            _sync(path)
+        part.rename(target)
+        _sync(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save and safetensors turn a full disk into errors of their own.
+        shutil.rmtree(part, ignore_errors=True)
+        last = latest_checkpoint(folder)
+        raise TrainError(
+            f"the checkpoint of step {step} could not be written to {folder}: {error}\n"
+            f"  last good checkpoint: {last or 'none'}. Free some space, then use --resume"
+        ) from error
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """-> its state.json, after every file was found whole."""
+    try:
+        for name, (size, crc) in json.loads((path / MANIFEST).read_text()).items():
+            if (found := (path / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found} bytes, expected {size}")
+            if _crc(path / name) != crc:
+                raise ValueError(f"{name} has changed since it was written")
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        others = [str(p) for p in list_checkpoints(path.parent) if p != path]
+        hint = f"; --resume {others[-1]} may still work" if others else ""
+        raise TrainError(f"checkpoint {path} is unreadable: {error}{hint}") from error
+
+
+def restore_trainer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Optimiser and random states; the model is loaded from `path`/model before."""
+    saved = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(saved["optimizer"])
+    rng = saved["rng"]
+    torch.set_rng_state(rng["torch"])
+    if rng["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(rng["cuda"])
+    version, words, gauss = rng["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, words, *rest = rng["numpy"]
+    numpy.random.set_state((name, numpy.array(words, dtype=numpy.uint32), *rest))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    return (list_checkpoints(folder) or [None])[-1]
+
+
+def _rng_state() -> dict[str, Any]:
+    """The trainer derives its own streams from (seed, step); these serve dropout and rewards."""
+    version, words, gauss = random.getstate()
+    name, numpy_words, *rest = numpy.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(words), gauss],
+        "numpy": [name, numpy_words.tolist(), *rest],
+    }
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,343 @@
+"""The run: a supervised warm-up on the form of answers, then GRPO. Read `fit`, then `rl_step`.
+
+S sequences of a step, T their response tokens. Every random stream is derived from
+(seed, purpose, step), so a step depends on nothing but the state that a checkpoint holds.
+"""
+
+import copy
+import hashlib
+import math
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rlkern
+from rlkern.rollout import NativeEngine, Rollouts
+from rlkern.train import TrainError
+from rlkern.train import checkpoint as ckpt
+from rlkern.train.batch import collate, response_logprobs
+from rlkern.train.config import Config
+from rlkern.train.data import batch_at, load_data
+from rlkern.train.diagnose import diagnose_step, diagnose_warmup, nonfinite
+from rlkern.train.evaluate import evaluate, judge
+from rlkern.train.log import RunLog
+from rlkern.train.model import encode_prompt, end_tokens, load_model
+from rlkern.train.rewards import load_reward
+
+
+class Trainer:
+    """Everything that a run holds; with `checkpoint` it goes on from there."""
+
+    def __init__(self, cfg: Config, run_dir: Path, checkpoint: Path | None = None) -> None:
+        self.cfg, self.run_dir = cfg, run_dir
+        state = ckpt.read_checkpoint(checkpoint) if checkpoint else {"step": 0, "cursor": 0}
+        self.step, self.cursor = state["step"], state["cursor"]  # cursor: questions used by RL
+        self.reward = load_reward(cfg.reward)
+        self.train_set, heldout = load_data(cfg)
+        self.heldout = heldout[: cfg.eval.max_prompts]
+        self.model, self.tokenizer = load_model(cfg, checkpoint and checkpoint / "model")
+        self.model.train()
+        if cfg.model.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.device = self.model.device
+        self.end_tokens = end_tokens(self.model, self.tokenizer)
+        self.engine = NativeEngine(
+            self.model,
+            eos_token_ids=self.end_tokens,
+            pad_token_id=self.end_tokens[0],
+            max_sequences=cfg.rollout.max_sequences,
+        )
+        self.objective, self.reference = cfg.algorithm.build(), None
+        self.optimizer = self.new_optimizer()
+        if checkpoint:
+            ckpt.restore_trainer(checkpoint, self.optimizer)
+        self.log = RunLog(run_dir, cfg, self.step)
+        self.told: set[str] = set()
+        self.stop = False  # set by a signal: finish this step, save, leave
+
+    def fit(self) -> bool:
+        """Runs to the end (-> True), or until `stop` is set (-> False)."""
+        cfg = self.cfg
+        if self.step == cfg.warmup.steps == 0:
+            self.evaluate()
+        while self.step < cfg.total_steps:
+            if self.step == cfg.warmup.steps:
+                self.optimizer = self.new_optimizer()
+            start = time.perf_counter()
+            self.step += 1
+            rl_steps = self.step - cfg.warmup.steps
+            phase, metrics = (
+                ("rl", self.rl_step()) if rl_steps > 0 else ("warmup", self.warmup_step())
+            )
+            metrics["time/step"] = time.perf_counter() - start
+            if phase == "rl":
+                metrics["time/tokens_per_second"] = (
+                    metrics["completion/tokens"] / metrics["time/step"]
+                )
+            self.log.metrics({"step": self.step, "phase": phase, **metrics})
+            self.advise(phase, metrics)
+            last = self.step == cfg.total_steps
+            if rl_steps == 0 or last or (rl_steps > 0 and self.due(cfg.eval.every, rl_steps)):
+                self.evaluate()
+            if self.stop or last or self.due(cfg.checkpoint.every, self.step):
+                self.save()
+            if self.stop and not last:
+                return False
+        return True
+
+    def warmup_step(self) -> dict[str, float]:
+        """Next-token training on demonstrations: the form of an answer, not the answer."""
+        cfg, seed = self.cfg.warmup, self.cfg.run.seed
+        rng = random.Random(f"warmup/{seed}/{self.step}")
+        examples = batch_at(self.train_set, self.step * cfg.batch_size, cfg.batch_size, seed)
+        prompts, responses = [], []
+        for example in examples:
+            shown = self.tokenizer.encode(example.demonstrate(rng), add_special_tokens=False)
+            prompts.append(self.encode(example.prompt))
+            responses.append([*shown, self.end_tokens[0]])
+        batch = collate(self.tensors(prompts), self.tensors(responses))
+        logprob = response_logprobs(self.model, batch).logprob
+        loss = -logprob.mean()
+        loss.backward()
+        lr = cfg.lr * schedule("linear", self.step, cfg.steps, cfg.steps // 10)
+        norm = self.optimizer_step(lr, {"the log-probs": logprob})
+        metrics = {"loss": loss.item(), "lr": lr, "grad_norm": norm}
+        if all(example.nats is not None for example in examples):
+            metrics["loss_floor"] = sum(e.nats for e in examples) / len(logprob)
+        return metrics
+
+    def rl_step(self) -> dict[str, float]:
+        """Rollouts and rewards, advantages, old log-probs, minibatch updates."""
+        cfg = self.cfg
+        start = time.perf_counter()
+        rollouts, rewards = self.collect()
+        sampled = time.perf_counter()
+        kind = cfg.algorithm.advantage
+        advantages = rlkern.group_advantage(rewards, rollouts.group_ids, kind=kind)
+        if cfg.run.null:  # the same numbers, given to other answers: nothing can be learnt
+            order = torch.randperm(len(rewards), generator=self.generator("null"))
+            advantages = advantages[order.to(self.device)]
+        old_logprob, entropy = self.logprobs(self.model, rollouts)
+        ref_logprob = None
+        if self.objective.kl_coef:
+            self.reference = self.reference or self.load_reference()
+            ref_logprob = self.logprobs(self.reference, rollouts)[0]
+        scored = time.perf_counter()
+        updates = self.update(rollouts, advantages, old_logprob, ref_logprob)
+        groups = rewards.view(-1, cfg.rollout.group_size)
+        lengths = rollouts.lengths.float()
+        return {
+            "reward/mean": rewards.mean().item(),
+            "reward/std": rewards.std(correction=0).item(),
+            "reward/min": rewards.min().item(),
+            "reward/max": rewards.max().item(),
+            "signal/groups": (groups.amax(1) > groups.amin(1)).float().mean().item(),
+            "completion/tokens": len(rollouts.tokens),
+            "completion/length": lengths.mean().item(),
+            "completion/length_max": lengths.max().item(),
+            "completion/truncated": rollouts.truncated.float().mean().item(),
+            "entropy": entropy.mean().item(),
+            "logprob_gap/max": (old_logprob - rollouts.logprob).abs().max().item(),
+            **updates,
+            "time/rollout": sampled - start,
+            "time/old_logprob": scored - sampled,
+            "time/update": time.perf_counter() - scored,
+        }
+
+    def collect(self) -> tuple[Rollouts, Tensor]:
+        """-> rollouts and float32 rewards [S], sampled or replayed."""
+        cfg = self.cfg.rollout
+        name = f"step_{self.step:06d}.safetensors"
+        examples = batch_at(self.train_set, self.cursor, cfg.prompts, self.cfg.run.seed)
+        self.cursor += cfg.prompts
+        if cfg.replay:
+            try:
+                rollouts, extra = Rollouts.load(Path(cfg.replay) / name, self.device)
+                return rollouts, extra["rewards"].view(cfg.prompts, cfg.group_size).flatten()
+            except (ValueError, KeyError, RuntimeError) as error:
+                raise TrainError(f"rollout.replay, step {self.step}: {error}") from error
+        rollouts = self.engine.generate(
+            [self.encode(example.prompt) for example in examples],
+            group_size=cfg.group_size,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            generator=self.generator("rollout", self.device),
+        )
+        samples = judge(rollouts, examples, self.tokenizer, self.reward)
+        self.log.samples(self.step, samples)
+        rewards = torch.tensor([sample["reward"] for sample in samples], device=self.device)
+        if cfg.save:
+            rollouts.save(self.run_dir / "rollouts" / name, rewards=rewards)
+        return rollouts, rewards
+
+    @torch.no_grad()
+    def logprobs(self, model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+        """-> log-prob and entropy [T] of all responses, in batches of the size of the update's."""
+        prompts, responses = rollouts.prompts(), rollouts.responses()
+        size = self.cfg.optim.micro_batch or -(-len(responses) // self.cfg.optim.updates)
+        outs = []
+        for i in range(0, len(responses), size):
+            batch = collate(prompts[i : i + size], responses[i : i + size])
+            outs.append(response_logprobs(model, batch, self.cfg.rollout.temperature))
+        return torch.cat([o.logprob for o in outs]), torch.cat([o.entropy for o in outs])
+
+    def update(
+        self,
+        rollouts: Rollouts,
+        advantages: Tensor,
+        old_logprob: Tensor,
+        ref_logprob: Tensor | None,
+    ) -> dict[str, float]:
+        """The optimiser steps of one rollout batch -> loss, grad_norm, lr and policy/*."""
+        cfg, objective = self.cfg.optim, self.objective
+        prompts, responses = rollouts.prompts(), rollouts.responses()
+        lengths = rollouts.lengths.tolist()
+        old = old_logprob.split(lengths)
+        ref = None if ref_logprob is None else ref_logprob.split(lengths)
+        # An advantage of exactly 0 has a gradient of exactly 0 unless KL or entropy is in the
+        # loss: such a sequence skips the forward and still counts in the denominator.
+        skips = objective.kl_coef == 0 and objective.entropy_coef == 0
+        busy = (advantages != 0).tolist() if skips else [True] * len(responses)
+        done, total = self.step - self.cfg.warmup.steps, self.cfg.run.steps
+        lr = cfg.lr * schedule(cfg.schedule, done, total, cfg.warmup_steps)
+        losses, norms, seen = [], [], defaultdict(list)
+        shuffle = self.generator("minibatch")
+        for _ in range(cfg.epochs):
+            for chunk in torch.randperm(len(responses), generator=shuffle).chunk(cfg.updates):
+                chunk = chunk.tolist()
+                picked = [i for i in chunk if busy[i]]
+                if not picked:
+                    continue
+                counts = {"token-mean": sum(lengths[i] for i in chunk), "token-sum": None}
+                size, loss = cfg.micro_batch or len(picked), 0.0
+                for start in range(0, len(picked), size):
+                    micro = picked[start : start + size]
+                    batch = collate([prompts[i] for i in micro], [responses[i] for i in micro])
+                    out = response_logprobs(self.model, batch, self.cfg.rollout.temperature)
+                    result = rlkern.policy_loss(
+                        out.logprob,
+                        torch.cat([old[i] for i in micro]),
+                        advantages[micro],
+                        cu_seqlens=batch.cu_seqlens,
+                        objective=objective,
+                        ref_logprob=None if ref is None else torch.cat([ref[i] for i in micro]),
+                        entropy=out.entropy if objective.entropy_coef else None,
+                        normalizer=counts.get(objective.loss_agg_mode, len(chunk)),
+                    )
+                    result.loss.backward()
+                    loss += result.loss.item()
+                    for name, value in result.metrics.items():
+                        seen[name].append(value.item())
+                watched = {"the sampler's log-probs": rollouts.logprob, "old_logprob": old_logprob}
+                watched |= {"the advantages": advantages, "the log-probs": out.logprob}
+                norms.append(self.optimizer_step(lr, watched | {"the loss": torch.tensor(loss)}))
+                losses.append(loss)
+        metrics = {"loss": mean(losses), "grad_norm": mean(norms), "lr": lr}
+        for name, values in seen.items():
+            fold = max if "max" in name else min if "min" in name else mean
+            metrics[f"policy/{name}"] = fold(values)
+        return metrics
+
+    def optimizer_step(self, lr: float, watched: dict[str, Tensor]) -> float:
+        """Clips and applies the gradient -> its norm. NaN or Inf stops before a weight moves."""
+        named = [(n, p) for n, p in self.model.named_parameters() if p.grad is not None]
+        clip = self.cfg.optim.grad_clip
+        # Clipping by a NaN norm would make every gradient NaN: look at the norm first.
+        norm = torch.nn.utils.get_total_norm([p.grad for _, p in named])
+        if not torch.isfinite(norm) or nonfinite(watched):
+            watched = {f"the weight {n}": p for n, p in named} | watched
+            what = nonfinite(watched | {f"the gradient of {n}": p.grad for n, p in named})
+            last = ckpt.latest_checkpoint(self.run_dir / "checkpoints")
+            raise TrainError(
+                f"step {self.step}: {what or 'the gradient norm overflowed'}. The optimiser step "
+                "was not taken. Try a lower optim.lr, warmup.lr or optim.grad_clip, or model.dtype "
+                f"= 'float32'.\n  last good checkpoint: {last or 'none yet'}"
+            )
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in named], clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm.item()
+
+    def evaluate(self) -> None:
+        start = time.perf_counter()
+        prompts = [self.encode(example.prompt) for example in self.heldout]
+        stream = self.generator("eval", self.device)
+        scores = evaluate(
+            self.engine, self.heldout, prompts, self.tokenizer, self.reward, self.cfg, stream
+        )
+        scores["time/eval"] = time.perf_counter() - start
+        self.log.metrics({"step": self.step, "phase": "eval", **scores})
+
+    def advise(self, phase: str, metrics: dict[str, float]) -> None:
+        """Says what stands in the way of learning, once until it goes away."""
+        found = {}
+        if phase == "rl":
+            found = diagnose_step(metrics, self.cfg)
+        elif self.step == self.cfg.warmup.steps:
+            found = diagnose_warmup(metrics["loss"], metrics.get("loss_floor"), self.cfg)
+        for name in found.keys() - self.told:
+            self.log.say(f"NOTE step {self.step}: {found[name]}")
+        self.told = set(found)
+
+    def save(self) -> None:
+        ckpt.save_checkpoint(
+            self.run_dir / "checkpoints",
+            self.step,
+            self.cfg.checkpoint.keep,
+            self.model,
+            self.tokenizer,
+            self.optimizer,
+            {"cursor": self.cursor, "config": self.cfg.model_dump()},
+        )
+
+    def due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def encode(self, prompt: Any) -> list[int]:
+        return encode_prompt(self.tokenizer, prompt, self.cfg.data.chat_template)
+
+    def tensors(self, lists: list[list[int]]) -> list[Tensor]:
+        return [torch.tensor(ids, device=self.device) for ids in lists]
+
+    def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+        """A fresh random stream for this seed, purpose and step."""
+        text = f"{self.cfg.run.seed}/{purpose}/{self.step}"
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+        return torch.Generator(device=device).manual_seed(seed)
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        cfg = self.cfg.optim
+        return torch.optim.AdamW(
+            self.model.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+        )
+
+    def load_reference(self) -> Any:
+        """The policy as RL began, frozen; kept in the run for a resume."""
+        folder, part = self.run_dir / "reference", self.run_dir / ".reference"
+        if folder.is_dir():
+            reference = load_model(self.cfg, folder)[0]
+        else:
+            reference = copy.deepcopy(self.model)
+            self.model.save_pretrained(part)
+            self.tokenizer.save_pretrained(part)
+            part.rename(folder)
+        return reference.requires_grad_(False).eval()
+
+
+def schedule(kind: str, step: int, total: int, warmup: int) -> float:
+    """The factor on the learning rate of step 1..total: a linear rise, then `kind`."""
+    if step <= warmup:
+        return step / warmup
+    rest = (total - step + 1) / (total - warmup)
+    return {"constant": 1.0, "linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest)}[kind]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,71 @@
+"""report.html: one file with summary, curves, samples and settings, that loads nothing else."""
+
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from rlkern.train.config import Config
+from rlkern.train.log import read_lines
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;color:#222}
+td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
+table{border-collapse:collapse}code{font-size:13px}svg{width:100%;height:auto}"""
+
+PANELS = {  # title -> label -> metric
+    "Reward and accuracy": {"sampled reward": "reward/mean", "held-out greedy": "eval/greedy"},
+    "Groups with a signal": {"share": "signal/groups"},
+    "Warm-up loss (nats per token)": {"loss": "loss", "floor": "loss_floor"},
+    "Entropy (nats per token)": {"entropy": "entropy"},
+    "Completions": {"mean length": "completion/length", "share cut off": "completion/truncated"},
+    "Gradient norm": {"norm": "grad_norm"},
+    "max |trainer - sampler log-prob|": {"gap": "logprob_gap/max"},
+    "Seconds per step": {"step": "time/step", "rollout": "time/rollout", "update": "time/update"},
+}
+
+
+def write_report(run_dir: Path, cfg: Config, summary: dict[str, Any]) -> Path:
+    samples = read_lines(run_dir / "samples.jsonl")
+    settings = {"reward": cfg.reward}
+    for section, values in cfg.model_dump(exclude={"reward"}).items():
+        settings |= {f"{section}.{key}": value for key, value in values.items()}
+    parts = [f"<h1>{html.escape(run_dir.name)}</h1>", _rows(summary.items()), "<h2>Curves</h2>"]
+    parts += [_curves(read_lines(run_dir / "metrics.jsonl"), cfg.warmup.steps), "<h2>Samples</h2>"]
+    for record in samples[:1] + samples[1:][-1:]:
+        picked = record["best"] + record["worst"]
+        rows = [list(picked[0]), *(sample.values() for sample in picked)]
+        parts += [f"<h3>Step {record['step']}: best and worst</h3>", _rows(rows)]
+    parts += ["<h2>Settings</h2>", _rows(settings.items())]
+    head = f"<meta charset='utf-8'><title>{html.escape(run_dir.name)}</title><style>{STYLE}</style>"
+    path = run_dir / "report.html"
+    path.write_text("\n".join(["<!doctype html>", head, *parts]), encoding="utf-8")
+    return path
+
+
+def _curves(records: list[dict[str, Any]], warmup_steps: int) -> str:
+    figure = Figure(figsize=(11, 11), layout="constrained")
+    for axes, (title, series) in zip(figure.subplots(4, 2).flat, PANELS.items(), strict=True):
+        in_warmup = title.startswith("Warm-up")
+        offset = 0 if in_warmup else warmup_steps
+        for label, name in series.items():
+            shown = [r for r in records if name in r and (r["phase"] == "warmup") == in_warmup]
+            marker = "." if len(shown) < 30 else ""
+            steps = [r["step"] - offset for r in shown]
+            axes.plot(steps, [r[name] for r in shown], label=label, marker=marker)
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "rlkern"}):  # the same run gives the same picture
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def _rows(rows: Any) -> str:
+    cells = ([v if isinstance(v, str) else json.dumps(v) for v in row] for row in rows)
+    lines = ("".join(f"<td><code>{html.escape(c)}</code></td>" for c in row) for row in cells)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
