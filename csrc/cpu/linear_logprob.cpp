@@ -1,8 +1,8 @@
 // Log-prob, logsumexp and entropy straight from hidden states.
 //
 // The tokens lie in the lanes of the registers and the vocabulary runs down them: a tile of logits
-// is folded into the tokens' running statistics while it is still in registers, the weight is read
-// as it lies, and no logit is ever stored. The vocabulary is cut into chunks that depend on its
+// is folded into the tokens' running statistics while it is still in L1, the weight is read as it
+// lies, and no logit goes further. The vocabulary is cut into chunks that depend on its
 // size alone and are merged in order, so a token's bits depend neither on its neighbours nor on
 // the number of threads. The backward recomputes a block of logits, turns it into the gradient
 // with respect to them in the hidden states' dtype, and feeds both remaining products from it.

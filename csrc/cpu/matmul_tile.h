@@ -1,4 +1,4 @@
-// One register tile of a matrix product, and what linear_logprob does with it while it is there.
+// One register tile of a matrix product, and what linear_logprob does with it while it is in L1.
 //
 // Included once per instruction set, with RLK_ISA (a namespace), RLK_TARGET (the target attribute),
 // RLK_ROWS x RLK_VECTORS (the register tile) and RLK_HAS_BF16_DOT defined; hence no include guard.
@@ -14,10 +14,6 @@ constexpr int kRows = RLK_ROWS;
 constexpr int kVectors = RLK_VECTORS;
 constexpr int kPanel = kVectors * kLanes;
 
-struct Tile {
-  f32x16 at[kRows][kVectors];
-};
-
 RLK_TARGET static inline __attribute__((always_inline)) f32x16 dot(f32x16 acc, float a,
                                                                    const float* b) {
   return acc + a * load(b);
@@ -31,21 +27,31 @@ RLK_TARGET static inline __attribute__((always_inline)) f32x16 dot(f32x16 acc, P
 }
 #endif
 
+// One register tile: c = A B, or c += A B. A function of its own, so that its 24 accumulators have
+// the registers to themselves.
 template <class Unit>
-RLK_TARGET static inline __attribute__((always_inline)) void multiply(const Unit* a,
-                                                                      int64_t row_stride,
-                                                                      int64_t unit_stride,
-                                                                      const Unit* b, int64_t units,
-                                                                      Tile& acc) {
+RLK_TARGET static __attribute__((noinline)) void multiply(const Unit* a, int64_t row_stride,
+                                                          int64_t unit_stride, const Unit* b,
+                                                          int64_t units, float* c, int64_t c_stride,
+                                                          bool add) {
+  f32x16 acc[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      acc[r][v] = add ? load(c + r * c_stride + v * kLanes) : splat(0.0f);
   for (int64_t k = 0; k < units; ++k, a += unit_stride, b += kPanel) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Unit value = a[r * row_stride];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        acc.at[r][v] = dot(acc.at[r][v], value, b + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = dot(acc[r][v], value, b + v * kLanes);
     }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kLanes, acc[r][v]);
 }
 
 // Logits of `rows` vocabulary rows for one panel of tokens, folded into the panel's statistics.
@@ -53,9 +59,9 @@ template <class Unit>
 RLK_TARGET static void fold_logits(const Unit* weight, int64_t row_stride, int64_t rows,
                                    int64_t first_row, const Unit* hidden, int64_t units,
                                    const TokenInputs& token, const TokenStats& stats) {
+  float logits[kRows * kPanel];
   for (int64_t row = 0; row < rows; row += kRows) {
-    Tile z{};
-    multiply(weight + row * row_stride, row_stride, 1, hidden, units, z);
+    multiply(weight + row * row_stride, row_stride, 1, hidden, units, logits, kPanel, false);
     const int count = static_cast<int>(std::min<int64_t>(kRows, rows - row));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -63,7 +69,7 @@ RLK_TARGET static void fold_logits(const Unit* weight, int64_t row_stride, int64
       const f32x16 inv = load(token.inv_temperature + t);
       const f32x16 old_max = load(stats.max + t);
       f32x16 top = old_max;
-      for (int r = 0; r < count; ++r) top = vmax(z.at[r][v], top);
+      for (int r = 0; r < count; ++r) top = vmax(load(logits + r * kPanel + t), top);
       f32x16 shift = (old_max - top) * inv;
       shift = shift < kExpUnderflow ? splat(kExpUnderflow) : shift;
       const f32x16 scale = exp(shift);
@@ -74,12 +80,12 @@ RLK_TARGET static void fold_logits(const Unit* weight, int64_t row_stride, int64
       std::memcpy(&target, token.target + t, sizeof target);
       f32x16 hit = load(stats.target_logit + t);
       for (int r = 0; r < count; ++r) {
-        f32x16 d = (z.at[r][v] - top) * inv;
+        f32x16 d = (load(logits + r * kPanel + t) - top) * inv;
         d = d < kExpUnderflow ? splat(kExpUnderflow) : d;
         const f32x16 e = exp(d);
         sum += e;
         dotted += e * d;
-        hit = target == static_cast<int32_t>(first_row + row + r) ? z.at[r][v] : hit;
+        hit = target == static_cast<int32_t>(first_row + row + r) ? load(logits + r * kPanel + t) : hit;
       }
       store(stats.max + t, top);
       store(stats.sum + t, sum);
@@ -119,9 +125,9 @@ RLK_TARGET static void logit_gradient(const Unit* weight, int64_t row_stride, in
                                       const TokenInputs& token, const TokenGrads& grads,
                                       Unit* by_vocab, int64_t vocab_stride, Unit* by_token) {
   constexpr int64_t kPer = kPerUnit<Unit>;
+  float logits[kRows * kPanel];
   for (int64_t row = 0; row < rows; row += kRows) {
-    Tile z{};
-    multiply(weight + row * row_stride, row_stride, 1, hidden, units, z);
+    multiply(weight + row * row_stride, row_stride, 1, hidden, units, logits, kPanel, false);
     const int count = static_cast<int>(std::min<int64_t>(kRows, rows - row));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -135,7 +141,7 @@ RLK_TARGET static void logit_gradient(const Unit* weight, int64_t row_stride, in
       std::memcpy(&target, token.target + t, sizeof target);
       f32x16 d[kRows];
       for (int r = 0; r < kRows; ++r) {
-        f32x16 log_p = z.at[r][v] * inv - lse;
+        f32x16 log_p = load(logits + r * kPanel + t) * inv - lse;
         log_p = log_p < kExpUnderflow ? splat(kExpUnderflow) : log_p;
         f32x16 g = exp(log_p) * (constant - b * log_p);
         g = target == static_cast<int32_t>(first_row + row + r) ? g + a : g;
@@ -152,20 +158,9 @@ template <class Unit>
 RLK_TARGET static void accumulate(const Unit* a, int64_t row_stride, int64_t unit_stride,
                                   const Unit* b, int64_t units, int64_t rows, float* c,
                                   int64_t c_stride) {
-  for (int64_t row = 0; row < rows; row += kRows) {
-    Tile acc;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        acc.at[r][v] = load(c + (row + r) * c_stride + v * kLanes);
-    multiply(a + row * row_stride, row_stride, unit_stride, b, units, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        store(c + (row + r) * c_stride + v * kLanes, acc.at[r][v]);
-  }
+  for (int64_t row = 0; row < rows; row += kRows)
+    multiply(a + row * row_stride, row_stride, unit_stride, b, units, c + row * c_stride, c_stride,
+             true);
 }
 
 template <class Unit>

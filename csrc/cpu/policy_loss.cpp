@@ -1,5 +1,6 @@
-// Policy loss, its gradient coefficients and metrics in one pass over the tokens, in chunks of a
-// fixed size whose sums are merged in order: the same bits for every number of threads.
+// Policy loss, its gradient coefficients and metrics in one pass over the
+// tokens, in chunks of a fixed size whose sums are merged in order: the same
+// bits for every number of threads.
 #include "rlkern/math/policy_loss.h"
 
 #include <torch/csrc/stable/library.h>
@@ -7,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <bit>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -19,18 +21,19 @@ namespace {
 
 using torch::stable::Tensor;
 
-// 2048 tokens: the sequence's numbers, spread over its tokens, stay in 24 KiB of L1.
+// 2048 tokens: the sequence's numbers, spread over its tokens, stay in 32 KiB
+// of L1.
 constexpr int64_t kChunk = 2048;
 // A thread is worth starting for about this many tokens.
 constexpr int64_t kGrain = 8192;
 
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-
-// A run of tokens with everything that one of them needs; null: not given or not wanted.
+// A run of tokens with everything that one of them needs; null: not given or
+// not wanted.
 struct Tokens {
   int64_t count;
   const float *logprob, *old_logprob, *advantage, *weight, *log_ratio, *ref_logprob, *entropy;
-  const bool* mask;
+  const int32_t* counts;  // -1 or 0 by token; null: all count, and count is a
+                        // multiple of kLanes
   float *grad, *grad_entropy;
 };
 
@@ -39,19 +42,16 @@ struct Partial {
   float least, most;
 };
 
-RLK_HD i32x16 counting(const bool* mask, int64_t left) {
-  i32x16 lanes;
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i < left ? -1 : 0;
-  if (!mask) return lanes;
-  u8x16 raw{};
-  std::memcpy(&raw, mask, std::min<int64_t>(left, kLanes));
-  return lanes & (__builtin_convertvector(raw, i32x16) != 0);
+RLK_HD i32x16 load_counts(const int32_t* p, int64_t left) {
+  i32x16 counts{};
+  std::memcpy(&counts, p, sizeof(int32_t) * std::min<int64_t>(left, kLanes));
+  return counts;
 }
 
 // 0 where the token does not count, whatever lies there
 RLK_HD f32x16 load_counting(const float* p, int64_t left, i32x16 counts) {
   const f32x16 x = left >= kLanes ? load(p) : load_partial(p, left, 0.0f);
-  return counts ? x : f32x16{};
+  return (f32x16)((i32x16)x & counts);
 }
 
 RLK_HD void store_upto(float* p, f32x16 x, int64_t left) {
@@ -61,10 +61,11 @@ RLK_HD void store_upto(float* p, f32x16 x, int64_t left) {
     store_partial(p, x, left);
 }
 
-template <bool kPlain>
+template <bool kAll>
 RLK_HD void sixteen(const PolicyParams& p, const Tokens& t, int64_t i, PolicyStats<f32x16>& stats) {
-  const int64_t left = kPlain ? kLanes : t.count - i;
-  const i32x16 counts = kPlain ? i32x16{} - 1 : counting(t.mask ? t.mask + i : nullptr, left);
+  const int64_t left = kAll ? kLanes : t.count - i;
+  const i32x16 counts = kAll ? i32x16{} - 1 : load_counts(t.counts + i, left);
+  const f32x16 one = (f32x16)((i32x16)splat(1.0f) & counts);
   PolicyInput<f32x16> in{};
   in.logprob = load_counting(t.logprob + i, left, counts);
   in.old_logprob = load_counting(t.old_logprob + i, left, counts);
@@ -74,17 +75,17 @@ RLK_HD void sixteen(const PolicyParams& p, const Tokens& t, int64_t i, PolicySta
       t.log_ratio ? load_counting(t.log_ratio + i, left, counts) : in.logprob - in.old_logprob;
   if (t.ref_logprob) in.ref_logprob = load_counting(t.ref_logprob + i, left, counts);
   if (t.entropy) in.entropy = load_counting(t.entropy + i, left, counts);
-  const f32x16 grad = policy_token(p, in, counts, t.ref_logprob, t.entropy, stats);
+  const f32x16 grad = policy_token(p, in, one, t.ref_logprob, t.entropy, stats);
   if (t.grad) store_upto(t.grad + i, grad, left);
   if (t.grad_entropy) store_upto(t.grad_entropy + i, -p.entropy_coef * in.weight, left);
 }
 
 RLK_MULTIVERSION void run_tokens(const PolicyParams& p, const Tokens& t, Partial& out) {
   PolicyStats<f32x16> stats;
-  int64_t i = 0;
-  if (!t.mask)
-    for (; i + kLanes <= t.count; i += kLanes) sixteen<true>(p, t, i, stats);
-  for (; i < t.count; i += kLanes) sixteen<false>(p, t, i, stats);
+  if (t.counts)
+    for (int64_t i = 0; i < t.count; i += kLanes) sixteen<false>(p, t, i, stats);
+  else
+    for (int64_t i = 0; i < t.count; i += kLanes) sixteen<true>(p, t, i, stats);
   for (int k = 0; k < kNumPolicySums; ++k) out.sum[k] = reduce_add(stats.sum[k]);
   out.least = stats.least[0];
   out.most = stats.most[0];
@@ -94,30 +95,40 @@ RLK_MULTIVERSION void run_tokens(const PolicyParams& p, const Tokens& t, Partial
   }
 }
 
-// Of one sequence: the tokens that count, and the mean of logprob - old_logprob over them.
+// Of one sequence: the tokens that count, and the mean of logprob - old_logprob
+// over them.
 struct SequenceStats {
   int64_t length;
   float log_ratio;
 };
 
-RLK_MULTIVERSION int64_t count_tokens(const bool* mask, int64_t count) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < count; ++i) total += mask[i];
+int64_t count_tokens(const bool* mask, int64_t count) {
+  int64_t total = 0, i = 0;
+  for (uint64_t eight; i + 8 <= count; i += 8) {
+    std::memcpy(&eight, mask + i, 8);
+    total += std::popcount(eight);
+  }
+  for (; i < count; ++i) total += mask[i];
   return total;
 }
 
+RLK_MULTIVERSION void spread(const bool* mask, int64_t count, int32_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<int32_t>(mask[i]);
+}
+
 RLK_MULTIVERSION float sum_log_ratio(const float* logprob, const float* old_logprob,
-                                     const bool* mask, int64_t count) {
+                                     const int32_t* counts, int64_t count) {
   f32x16 sum{};
   for (int64_t i = 0; i < count; i += kLanes) {
     const int64_t left = count - i;
-    const i32x16 counts = counting(mask ? mask + i : nullptr, left);
-    sum += load_counting(logprob + i, left, counts) - load_counting(old_logprob + i, left, counts);
+    const i32x16 lanes = counts ? load_counts(counts + i, left) : i32x16{} - 1;
+    sum += load_counting(logprob + i, left, lanes) - load_counting(old_logprob + i, left, lanes);
   }
   return reduce_add(sum);
 }
 
-// Where sequences begin: cu_seqlens of either integer type, or rows of one length.
+// Where sequences begin: cu_seqlens of either integer type, or rows of one
+// length.
 class Sequences {
  public:
   Sequences(const Tensor& logprob, const std::optional<Tensor>& cu_seqlens)
@@ -207,16 +218,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const int64_t grain =
         std::max<int64_t>(1, kGrain * num_sequences / std::max<int64_t>(1, num_tokens));
     torch::stable::parallel_for(0, num_sequences, grain, [&](int64_t first, int64_t last) {
+      alignas(64) int32_t row_counts[kChunk];
       for (int64_t i = first; i < last; ++i) {
         const int64_t begin = sequences.begin(i), length = sequences.length(i);
-        const bool* row = counts ? counts + begin : nullptr;
-        SequenceStats& out = stats[i];
-        out.length = row ? count_tokens(row, length) : length;
+        stats[i].length = counts ? count_tokens(counts + begin, length) : length;
         double sum = 0;
-        for (int64_t j = 0; sequence_level && j < length; j += kChunk)
-          sum += sum_log_ratio(live + begin + j, old + begin + j, row ? row + j : nullptr,
-                               std::min(kChunk, length - j));
-        out.log_ratio = static_cast<float>(sum / std::max<int64_t>(1, out.length));
+        for (int64_t j = begin; sequence_level && j < begin + length; j += kChunk) {
+          const int64_t size = std::min(kChunk, begin + length - j);
+          if (counts) spread(counts + j, size, row_counts);
+          sum += sum_log_ratio(live + j, old + j, counts ? row_counts : nullptr, size);
+        }
+        stats[i].log_ratio = static_cast<float>(sum / std::max<int64_t>(1, stats[i].length));
       }
     });
   }
@@ -249,44 +261,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t num_chunks = (num_tokens + kChunk - 1) / kChunk;
   std::vector<Partial> partials(num_chunks);
   torch::stable::parallel_for(0, num_chunks, kGrain / kChunk, [&](int64_t first, int64_t last) {
-    alignas(64) float spread_advantage[kChunk], spread_weight[kChunk], spread_log_ratio[kChunk];
-    alignas(64) bool spread_mask[kChunk];
+    alignas(64) float chunk_advantage[kChunk], chunk_weight[kChunk], chunk_log_ratio[kChunk];
+    alignas(64) int32_t chunk_counts[kChunk];
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, num_tokens);
-      // tokens before the first sequence or after the last do not count
-      bool uncovered = false;
+      bool all_count = !counts && (end - begin) % kLanes == 0;
+      if (counts)
+        spread(counts + begin, end - begin, chunk_counts);
+      else
+        std::fill_n(chunk_counts, end - begin, -1);
       for (int64_t i = sequences.at(begin), token = begin; token < end; ++i) {
+        // tokens before the first sequence or after the last do not count
         const bool inside = i >= 0 && i < num_sequences;
         const int64_t stop = i < num_sequences ? std::min(sequences.begin(i + 1), end) : end;
-        const int64_t from = token - begin, size = std::max<int64_t>(0, stop - token);
-        if (size == 0) continue;
-        if (!inside && !uncovered) {
-          uncovered = true;
-          if (counts)
-            std::copy_n(counts + begin, end - begin, spread_mask);
-          else
-            std::fill_n(spread_mask, end - begin, true);
-        }
-        if (!inside) std::fill_n(spread_mask + from, size, false);
-        if (!per_token) std::fill_n(spread_advantage + from, size, inside ? advantage[i] : 0.0f);
-        const float weight = inside ? policy_weight(shared, divide_by_length, length_of(i)) : 0.0f;
-        std::fill_n(spread_weight + from, size, weight);
+        if (stop <= token) continue;
+        const int64_t from = token - begin, size = stop - token;
+        if (!inside) std::fill_n(chunk_counts + from, size, 0);
+        all_count = all_count && inside;
+        if (!per_token) std::fill_n(chunk_advantage + from, size, inside ? advantage[i] : 0.0f);
         if (sequence_level)
-          std::fill_n(spread_log_ratio + from, size, inside ? stats[i].log_ratio : 0.0f);
+          std::fill_n(chunk_log_ratio + from, size, inside ? stats[i].log_ratio : 0.0f);
+        const float weight = inside ? policy_weight(shared, divide_by_length, length_of(i)) : 0.0f;
+        std::fill_n(chunk_weight + from, size, weight);
         token = stop;
       }
       const Tokens tokens{
           .count = end - begin,
           .logprob = live + begin,
           .old_logprob = old + begin,
-          .advantage = per_token ? advantage + begin : spread_advantage,
-          .weight = spread_weight,
-          .log_ratio = sequence_level ? spread_log_ratio : nullptr,
+          .advantage = per_token ? advantage + begin : chunk_advantage,
+          .weight = chunk_weight,
+          .log_ratio = sequence_level ? chunk_log_ratio : nullptr,
           .ref_logprob = shifted(ref, begin),
           .entropy = shifted(token_entropy, begin),
-          .mask = uncovered ? spread_mask
-                  : counts  ? counts + begin
-                            : nullptr,
+          .counts = all_count ? nullptr : chunk_counts,
           .grad = grad_out ? grad_out + begin : nullptr,
           .grad_entropy = grad_entropy_out ? grad_entropy_out + begin : nullptr,
       };

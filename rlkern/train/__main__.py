@@ -132,8 +132,9 @@ def describe(cfg: Config, model: transformers.PreTrainedModel) -> str:
     parameters, r = sum(p.numel() for p in model.parameters()), cfg.rollout
     sequences = r.prompts * r.group_size
     return (
-        f"model: {cfg.model.path or 'Qwen3 from scratch'}, {parameters:,} parameters, {cfg.model.dtype}"
-        f", {model.device}\ndata: {cfg.data.task or cfg.data.train}, reward {cfg.reward}\n"
+        f"model: {cfg.model.path or 'Qwen3 from scratch'}, {parameters:,} parameters, "
+        f"{cfg.model.dtype}, {model.device}\n"
+        f"data: {cfg.data.task or cfg.data.train}, reward {cfg.reward}\n"
         f"steps: {cfg.warmup.steps} warm-up, {cfg.run.steps} RL of {r.prompts} x {r.group_size} = "
         f"{sequences} sequences, at most {sequences * r.max_new_tokens:,} response tokens; "
         f"{cfg.algorithm.objective}{', NULL CONTROL (advantages shuffled)' * cfg.run.null}"

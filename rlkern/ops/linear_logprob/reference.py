@@ -42,7 +42,7 @@ def backward(
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """grad_hidden = d_logits @ weight and grad_weight = d_logits^T @ hidden; empty if not needed."""
+    """grad_hidden = d_logits @ weight, grad_weight = d_logits^T @ hidden; empty if not needed."""
     d_logits = from_logits.backward(
         grad_logprob,
         grad_logsumexp,

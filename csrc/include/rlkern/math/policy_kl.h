@@ -1,6 +1,8 @@
-// Estimates of KL(policy || reference) from one token, D = logprob - ref_logprob:
+// Estimates of KL(policy || reference) from one token, D = logprob -
+// ref_logprob:
 //   k1 = D,  k2 = D^2 / 2,  k3 = exp(-D) + D - 1
-// and their derivatives by logprob, which are 0 past the clamp of |D| or of |KL|.
+// and their derivatives by logprob, which are 0 past the clamp of |D| or of
+// |KL|.
 #pragma once
 
 #include "rlkern/math/exp.h"
@@ -23,7 +25,8 @@ struct KlTerm {
   F grad;
 };
 
-// exp(x) - 1 - x. Near 0 the difference would cancel: there the series of exp from x^2 on.
+// exp(x) - 1 - x. Near 0 the difference would cancel: there the series of exp
+// from x^2 on.
 template <class F>
 RLK_HD F exp_minus_linear(F x) {
   F p = x * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -31,14 +34,15 @@ RLK_HD F exp_minus_linear(F x) {
   p = p * x + 4.1665795894e-2f;
   p = p * x + 1.6666665459e-1f;
   p = p * x + 5.0000001201e-1f;
-  const auto far = (x > 0.34f) | (x < -0.34f);
-  return far ? exp(x) - 1.0f - x : p * x * x;
+  const F near = p * x * x, far = exp(x) - 1.0f - x;
+  return x * x < 0.1156f ? near : far;
 }
 
 template <class F>
 RLK_HD KlTerm<F> kl_term(F delta, const KlParams& p) {
-  const auto outside = (delta > p.input_clamp) | (delta < -p.input_clamp);
-  delta = bounded(delta, -p.input_clamp, p.input_clamp);
+  const F bound = bounded(delta, -p.input_clamp, p.input_clamp);
+  const F outside = delta - bound;
+  delta = bound;
   F value = delta, grad = F{} + 1.0f;
   if (p.type == kK2) {
     value = 0.5f * delta * delta;
@@ -47,8 +51,9 @@ RLK_HD KlTerm<F> kl_term(F delta, const KlParams& p) {
     value = exp_minus_linear(-delta);
     grad = delta - value;  // 1 - exp(-D)
   }
-  const auto past = (value > p.output_clamp) | (value < -p.output_clamp);
-  return {bounded(value, -p.output_clamp, p.output_clamp), (outside | past) ? F{} : grad};
+  const F held = bounded(value, -p.output_clamp, p.output_clamp);
+  const F past = value - held;
+  return {held, outside * outside + past * past > 0.0f ? F{} : grad};
 }
 
 }  // namespace rlkern

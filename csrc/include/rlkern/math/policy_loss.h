@@ -50,16 +50,17 @@ struct PolicyStats {
   F most = F{} - INFINITY;
 };
 
-// Adds the token to stats; returns d loss / d logprob.
-template <class F, class C>
-RLK_HD F policy_token(const PolicyParams& p, const PolicyInput<F>& in, C counts, bool has_ref,
+// Adds the token to stats; returns d loss / d logprob. counts: 1, or 0 for a
+// token that does not.
+template <class F>
+RLK_HD F policy_token(const PolicyParams& p, const PolicyInput<F>& in, F counts, bool has_ref,
                       bool has_entropy, PolicyStats<F>& stats) {
   const float limit = p.log_ratio_clamp;
-  const F r = exp(bounded(in.log_ratio, -limit, limit));
-  const auto outside = (in.log_ratio > limit) | (in.log_ratio < -limit);
-  const Surrogate<F> s = p.surrogate == kClip
-                             ? clipped_surrogate(r, outside ? F{} : r, in.advantage, p.bounds)
-                             : detached_surrogate(r, in.logprob, in.advantage, p.bounds);
+  const F log_ratio = bounded(in.log_ratio, -limit, limit);
+  const F r = exp(log_ratio);
+  const Surrogate<F> s =
+      p.surrogate == kClip ? clipped_surrogate(r, in.log_ratio - log_ratio, in.advantage, p.bounds)
+                           : detached_surrogate(r, in.logprob, in.advantage, p.bounds);
   F loss = s.loss, grad = s.grad;
   if (has_ref) {
     const KlTerm<F> kl = kl_term(in.logprob - in.ref_logprob, p.kl);
@@ -74,14 +75,17 @@ RLK_HD F policy_token(const PolicyParams& p, const PolicyInput<F>& in, C counts,
     if (p.entropy_coef != 0.0f) loss -= p.entropy_coef * in.entropy;
   }
   stats.sum[kLossSum] += in.weight * loss;
-  stats.sum[kTokenSum] += indicator<F>(counts);
-  stats.sum[kLowSum] += counts ? s.low : F{};
-  stats.sum[kHighSum] += counts ? s.high : F{};
+  stats.sum[kTokenSum] += counts;
+  stats.sum[kLowSum] += counts * s.low;
+  stats.sum[kHighSum] += counts * s.high;
   stats.sum[kCappedSum] += s.capped;
   stats.sum[kOldKlSum] -= bounded(in.logprob - in.old_logprob, -limit, limit);
-  stats.sum[kRatioSum] += counts ? r : F{};
-  stats.least = (counts & (r < stats.least)) ? r : stats.least;
-  stats.most = (counts & (r > stats.most)) ? r : stats.most;
+  // a token that does not count has a ratio of 1
+  stats.sum[kRatioSum] += counts * r;
+  const F ratio_low = counts > 0.0f ? r : F{} + INFINITY;
+  const F ratio_high = counts < 0.5f ? F{} - INFINITY : r;
+  stats.least = ratio_low < stats.least ? ratio_low : stats.least;
+  stats.most = ratio_high > stats.most ? ratio_high : stats.most;
   return in.weight * grad;
 }
 
@@ -104,7 +108,8 @@ RLK_HD void policy_metrics(const double* sum, float least, float most, float* ou
   out[10] = static_cast<float>(sum[kEntropySum] * share);
 }
 
-// The weight of a token in a sequence of `length` tokens that count, up to 1 / denominator.
+// The weight of a token in a sequence of `length` tokens that count, up to 1 /
+// denominator.
 RLK_HD float policy_weight(double scale_over_denominator, bool divide_by_length, int64_t length) {
   return static_cast<float>(divide_by_length ? scale_over_denominator / (length > 0 ? length : 1)
                                              : scale_over_denominator);

@@ -1,0 +1,1 @@
+"""Microbenchmarks: every op against its physical limit and its peers, interleaved in one run."""

@@ -1,0 +1,226 @@
+"""Collects bench_*.py, times the variants of a case in turns, and saves JSON without local names.
+
+    python -m pytest bench --benchmark-enable --bench-results bench/results
+
+An op whose tests are red is not timed.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import harness
+
+ROOT = Path(__file__).parents[1]
+_MEASURED: dict[tuple, harness.Measured] = {}
+_TESTS: dict[str, str] = {}  # op -> "passed", "failed", "not run"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("rlkern benches")
+    group.addoption("--bench-results", metavar="DIR", help="write DIR/<machine>/<op>.json")
+    group.addoption(
+        "--bench-machine", metavar="NAME", help="instead of a name read off the machine"
+    )
+    group.addoption(
+        "--bench-shapes", metavar="A,B", help="these shapes alone (default: all but smoke)"
+    )
+    group.addoption(
+        "--bench-seconds", type=float, default=8.0, help="for all variants of a case together"
+    )
+    group.addoption(
+        "--bench-unchecked", action="store_true", help="do not run the op's tests: prints no ratio"
+    )
+    group.addoption(
+        "--bench-green", metavar="A,B", default="", help="ops whose tests have just passed"
+    )
+
+
+def pytest_configure(config):
+    # pytest-benchmark calls the hook that writes our files only when it writes one of its own
+    if config.getoption("bench_results") and not config.option.benchmark_json:
+        config.option.benchmark_json = open(os.devnull, "wb")  # noqa: SIM115
+
+
+def pytest_collect_file(file_path, parent):
+    if file_path.name.startswith("bench_") and file_path.suffix == ".py":
+        # a file named on the command line is collected by pytest itself
+        if parent.session.isinitpath(file_path):
+            return None
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("bench_shapes")
+    kept, dropped = [], []
+    for item in items:
+        if "race" not in getattr(item, "fixturenames", ()):
+            kept.append(item)
+            continue
+        item.add_marker(pytest.mark.benchmark(timer=harness.clock))
+        case = item.callspec.params["case"]
+        if wanted:
+            keep = case.shape in wanted.split(",")
+        else:
+            keep = case.shape != "smoke" and case.device in ("any", harness.device())
+        (kept if keep else dropped).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+@pytest.fixture
+def race(request, benchmark):
+    """race(op, problem, case, variant): measures the whole case once, reports one variant."""
+
+    def run(op: str, problem, case: harness.Case, variant: str) -> None:
+        tests = _tests_of(op, request.config)
+        if tests == "failed":
+            pytest.fail(f"tests/ops/test_{op}.py is red: nothing is timed", pytrace=False)
+        if benchmark.disabled:
+            variants = harness.build(problem, case).variants
+            benchmark(variants[variant]) if variant in variants else pytest.skip("not installed")
+            return
+        key = (op, case)
+        if key not in _MEASURED:
+            _MEASURED.clear()
+            budget = request.config.getoption("bench_seconds")
+            _MEASURED[key] = harness.measure(problem, case, budget)
+        measured = _MEASURED[key]
+        seconds = measured.seconds.get(variant, harness.Failure("not installed"))
+        if isinstance(seconds, harness.Failure):
+            pytest.skip(f"{variant}: {seconds.reason}")
+        limit = sorted(measured.seconds[harness.LIMIT])
+        benchmark.group = f"{op} {case}"
+        benchmark.extra_info |= {
+            "op": op,
+            "shape": case.shape,
+            "dtype": case.dtype,
+            "pass": case.passes,
+            "variant": variant,
+            "limit": measured.limit,
+            "limit_bytes": measured.limit_bytes,
+            "limit_ms": limit[len(limit) // 2] * 1e3,
+            "peak_bytes": measured.peak_bytes.get(variant),
+            "tests": tests,
+        }
+        harness.clock.pending.extend(seconds)
+        benchmark.pedantic(lambda: None, rounds=len(seconds), iterations=1)
+        assert not harness.clock.pending
+
+    return run
+
+
+def _tests_of(op: str, config) -> str:
+    if op in config.getoption("bench_green").split(","):
+        return "passed"
+    if config.getoption("bench_unchecked"):
+        return "not run"
+    if op not in _TESTS:
+        command = [sys.executable, "-m", "pytest", f"tests/ops/test_{op}.py", "-x", "-q"]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        _TESTS[op] = "passed" if run.returncode == 0 else "failed"
+        if run.returncode:
+            print(run.stdout[-3000:])
+    return _TESTS[op]
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.clear()
+    machine_info |= _machine(config)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Trims pytest-benchmark's JSON in place, and writes it op by op."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
+        # the cases are dataclasses: extra_info says the same in words
+        entry.pop("params", None)
+        entry["options"].pop("timer", None)
+        _fill_limit(entry["extra_info"])
+    commit = output_json.get("commit_info") or {}
+    output_json["commit_info"] = {key: commit.get(key) for key in ("id", "dirty")}
+    output_json["command"] = _command(config)
+    folder = config.getoption("bench_results")
+    if not folder:
+        return
+    by_op: dict[str, list] = {}
+    for entry in output_json["benchmarks"]:
+        by_op.setdefault(entry["extra_info"].get("op", "other"), []).append(entry)
+    for op, entries in by_op.items():
+        path = Path(folder) / output_json["machine_info"]["name"] / f"{op}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(output_json | {"benchmarks": entries}, indent=1) + "\n")
+
+
+def _fill_limit(info: dict) -> None:
+    """A bench that gave limit_bytes and no limit_ms gets the time of a copy of as many bytes."""
+    if info.get("limit_ms") is None and info.get("limit_bytes"):
+        copy = harness.copy_of(info["limit_bytes"], harness.device())
+        timed = harness._time_cuda if harness.device() == "cuda" else harness._time_cpu
+        rounds = sorted(timed(copy, 3) for _ in range(15))
+        info |= {"limit": "copy", "limit_ms": rounds[7] * 1e3}
+
+
+def _command(config) -> str:
+    """The command line, without where its results went."""
+    args = [str(a) for a in config.invocation_params.args]
+    kept, skip = [], False
+    for arg in args:
+        if skip or re.match(r"--(bench-results|benchmark-json|bench-green|bench-machine)", arg):
+            skip = not skip and "=" not in arg
+            continue
+        kept.append(os.path.relpath(arg, ROOT) if os.path.isabs(arg) else arg)
+    return "python -m pytest " + " ".join(kept)
+
+
+def _machine(config) -> dict:
+    cuda = torch.cuda.is_available()
+    cpu = _cpu_model()
+    gpu = torch.cuda.get_device_name() if cuda else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "name": config.getoption("bench_machine") or _short_name(cpu, cores, gpu),
+        "cpu": cpu,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": gpu,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+    }
+
+
+def _short_name(cpu: str, cores: int, gpu: str | None) -> str:
+    """h200, rtx-4090; cpu-epyc-2c."""
+    if gpu:
+        words = re.sub(r"NVIDIA|GeForce|Tesla|\(.*?\)", "", gpu).split()
+        return "-".join(words).lower()
+    known = re.search(r"epyc|xeon|ryzen|threadripper|core|ultra|graviton|neoverse|m\d", cpu.lower())
+    return f"cpu-{known[0] if known else platform.machine()}-{cores}c"
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    return importlib.import_module(package).__version__

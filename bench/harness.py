@@ -1,0 +1,193 @@
+"""Times the variants of one case in turns, so that a drift of the machine falls on all alike.
+
+A bench module has CASES, `problem(case, device) -> Problem`, and one test over the grid of both:
+
+    @pytest.mark.parametrize(("case", "variant"), harness.grid(CASES, VARIANTS))
+    def test_speed(race, case, variant):
+        race(OP, problem, case, variant)
+
+The first variant's test runs all of the case's variants; every test then hands its own durations
+to pytest-benchmark.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+MIN_ROUNDS, MAX_ROUNDS = 7, 300
+WARMUP_ROUNDS = 2
+# A round of a variant lasts about this long, by calling a short one several times.
+ROUND_SECONDS = 2e-3
+FLUSH_BYTES = 256 * 2**20  # five times the last-level cache of an H200
+LIMIT = "limit"
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    dtype: str = "float32"
+    passes: str = "forward"  # or "forward+backward"
+    device: str = "any"  # "cpu" or "cuda": where it makes sense to run it
+    memory: bool = False  # peak memory beside time: a process of its own per variant on CPU
+
+    def __str__(self) -> str:
+        return f"{self.shape}-{self.dtype}-{self.passes}"
+
+
+class Problem(NamedTuple):
+    variants: dict[str, Callable[[], object]]
+    """By name; `limit` is the work that no implementation can avoid, "rlkern" is ours."""
+    limit: str
+    """What the limit is: "matmul", or "copy" of limit_bytes."""
+    limit_bytes: int | None = None
+    """Bytes read plus bytes written: makes the harness add a copy that moves as many."""
+
+
+def grid(cases: Iterable[Case], variants: Iterable[str]) -> list:
+    return [(case, variant) for case in cases for variant in variants]
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def copy_of(num_bytes: int, where: str) -> Callable[[], object]:
+    source = torch.ones(max(1, num_bytes // 2), dtype=torch.uint8, device=where)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def build(problem: Callable[[Case, str], Problem], case: Case) -> Problem:
+    torch.manual_seed(0)
+    made = problem(case, device())
+    if made.limit_bytes is not None:
+        made.variants[LIMIT] = copy_of(made.limit_bytes, device())
+    return made
+
+
+class Clock:
+    """The timer of pytest-benchmark: replays durations that were measured in turns."""
+
+    def __init__(self) -> None:
+        self.pending: deque[float] = deque()
+        self.now = 0.0
+        self.inside = False
+
+    def __call__(self) -> float:
+        if not self.pending:
+            return time.perf_counter()
+        if self.inside:
+            self.now += self.pending.popleft()
+        self.inside = not self.inside
+        return self.now
+
+
+clock = Clock()
+
+
+class Failure(NamedTuple):
+    reason: str
+
+
+class Measured(NamedTuple):
+    seconds: dict[str, list[float] | Failure]
+    peak_bytes: dict[str, int]
+    limit: str
+    limit_bytes: int | None
+
+
+def measure(problem: Callable[[Case, str], Problem], case: Case, budget_s: float) -> Measured:
+    """Every variant once to warm up (a peer may fail there), then in turns until budget_s."""
+    made = build(problem, case)
+    time_once = _time_cuda if device() == "cuda" else _time_cpu
+    calls: dict[str, int] = {}
+    seconds: dict[str, list[float] | Failure] = {}
+    for name, function in made.variants.items():
+        try:
+            for _ in range(WARMUP_ROUNDS):
+                once = time_once(function, 1)
+        except Exception as error:  # a peer that runs out of memory must not stop the others
+            if name in ("rlkern", LIMIT):
+                raise
+            seconds[name] = Failure(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            continue
+        calls[name] = max(1, min(1000, int(ROUND_SECONDS / max(once, 1e-7))))
+        seconds[name] = []
+    start = time.perf_counter()
+    for rounds in range(MAX_ROUNDS):
+        if rounds >= MIN_ROUNDS and time.perf_counter() - start > budget_s:
+            break
+        for name, count in calls.items():
+            seconds[name].append(time_once(made.variants[name], count))
+    peak = {}
+    if case.memory:
+        for name in calls:
+            cuda = device() == "cuda"
+            peak[name] = (
+                _peak_cuda(made.variants[name]) if cuda else _peak_apart(problem, case, name)
+            )
+    return Measured(seconds, peak, made.limit, made.limit_bytes)
+
+
+def _time_cpu(function: Callable[[], object], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - start) / count
+
+
+_FLUSH: list[torch.Tensor] = []
+
+
+def _time_cuda(function: Callable[[], object], count: int) -> float:
+    """Mean of `count` calls, each with a cold L2 and timed by events of its own."""
+    if not _FLUSH:
+        _FLUSH.append(torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda"))
+    events = []
+    for _ in range(min(count, 20)):
+        _FLUSH[0].zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        events.append((begin, end))
+    torch.cuda.synchronize()
+    return sum(begin.elapsed_time(end) for begin, end in events) / len(events) / 1e3
+
+
+def _peak_cuda(function: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_apart(problem: Callable[[Case, str], Problem], case: Case, variant: str) -> int:
+    request = json.dumps({"module": problem.__module__, "case": asdict(case), "variant": variant})
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.memory", request],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    return int(run.stdout.splitlines()[-1])
+
+
+def load(request: str) -> Callable[[], object]:
+    """The function that a process of its own is asked to run."""
+    asked = json.loads(request)
+    problem = importlib.import_module(asked["module"]).problem
+    return build(problem, Case(**asked["case"])).variants[asked["variant"]]
