@@ -1,27 +1,29 @@
-# make train: a language model learns to sort by RL, on this machine.   make test: every test.
-# Both set up what they need in .venv first, once.
+# make train   a language model learns to sort by RL, on this machine
+# make test    every test
+# Both begin with `make setup`, which does nothing when nothing has changed.
 
 PYTHON ?= python3
+# The CPU build where the index offers it under this version; any torch >= 2.10 works.
 TORCH ?= torch==2.13.0
-VENV := .venv
-PY := $(VENV)/bin/python
 ARGS ?=
 
-NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh') setup.py
+VENV := .venv
+PY := $(VENV)/bin/python
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: setup train test test-gpu lint fmt bench docs wheel clean
 
 setup: $(VENV)/.built
 
-# torch first and pinned: the extension is compiled against the torch that is installed.
-$(VENV)/.dependencies: pyproject.toml
+# torch first: the extension is compiled against the torch that is installed
+$(VENV)/.torch:
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q "$(TORCH)" "setuptools>=77" ninja
-	$(PY) -m pip install -q $$($(PY) setup.py --print-dependencies)
+	$(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" ninja
 	touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies $(NATIVE)
-	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+$(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -e ".[dev]"
 	touch $@
 
 train: setup
@@ -33,15 +35,15 @@ test: setup
 test-gpu: setup
 	$(PY) -m pytest -m gpu $(ARGS)
 
-lint: $(VENV)/.dependencies
+lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
-fmt: $(VENV)/.dependencies
+fmt: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: setup
 	$(PY) -m pytest bench --benchmark-enable $(ARGS)
@@ -50,8 +52,8 @@ bench: setup
 docs: setup
 	$(PY) -m bench.report
 
-wheel: $(VENV)/.dependencies
-	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+wheel: setup
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 
 clean:
 	rm -rf build dist *.egg-info rlkern/*.so $(VENV)/.built

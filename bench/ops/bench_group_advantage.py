@@ -37,7 +37,7 @@ def problem(case: Case, device: str) -> Problem:
         ids = group_ids.tolist()
         variants["eager-loop"] = lambda: peers.looped_advantage(rewards, ids)
     num_bytes, _ = bytes_and_flops(rows, rewards.element_size())
-    return Problem(variants, "copy", num_bytes)
+    return Problem(variants, "copy", GROUPS[case.shape]._asdict(), num_bytes)
 
 
 @pytest.mark.parametrize(("case", "variant"), harness.grid(CASES, VARIANTS), ids=str)

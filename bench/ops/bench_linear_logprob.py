@@ -56,7 +56,7 @@ def problem(case: Case, device: str) -> Problem:
         "eager": call(peers.linear_logprob_entropy),
         "compile": call(peers.compiled(peers.linear_logprob_entropy)),
     }
-    return Problem(variants, "matmul")
+    return Problem(variants, "matmul", HEADS[case.shape]._asdict())
 
 
 @pytest.mark.parametrize(("case", "variant"), harness.grid(CASES, VARIANTS), ids=str)

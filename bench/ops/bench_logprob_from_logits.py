@@ -55,7 +55,8 @@ def problem(case: Case, device: str) -> Problem:
         outputs = {name: with_gradient(run) for name, run in outputs.items()}
     # forward reads the logits; backward reads them again and writes as many
     passes = 3 if backward else 1
-    return Problem(outputs, "copy", passes * logits.numel() * logits.element_size())
+    num_bytes = passes * logits.numel() * logits.element_size()
+    return Problem(outputs, "copy", HEADS[case.shape]._asdict(), num_bytes)
 
 
 @pytest.mark.parametrize(("case", "variant"), harness.grid(CASES, VARIANTS), ids=str)

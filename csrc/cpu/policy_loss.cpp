@@ -1,6 +1,5 @@
-// Policy loss, its gradient coefficients and metrics in one pass over the
-// tokens, in chunks of a fixed size whose sums are merged in order: the same
-// bits for every number of threads.
+// Policy loss, its gradient coefficients and metrics in one pass over the tokens, in chunks of a
+// fixed size whose sums are merged in order: the same bits for every number of threads.
 #include "rlkern/math/policy_loss.h"
 
 #include <torch/csrc/stable/library.h>
@@ -21,19 +20,17 @@ namespace {
 
 using torch::stable::Tensor;
 
-// 2048 tokens: the sequence's numbers, spread over its tokens, stay in 32 KiB
-// of L1.
+// 2048 tokens: the sequence's numbers, spread over its tokens, stay in 32 KiB of L1.
 constexpr int64_t kChunk = 2048;
 // A thread is worth starting for about this many tokens.
 constexpr int64_t kGrain = 8192;
 
-// A run of tokens with everything that one of them needs; null: not given or
-// not wanted.
+// A run of tokens with everything that one of them needs; null: not given or not wanted.
 struct Tokens {
   int64_t count;
   const float *logprob, *old_logprob, *advantage, *weight, *log_ratio, *ref_logprob, *entropy;
-  const int32_t* counts;  // -1 or 0 by token; null: all count, and count is a
-                        // multiple of kLanes
+  // -1 or 0 by token; null: all count, and `count` is a multiple of kLanes
+  const int32_t* counts;
   float *grad, *grad_entropy;
 };
 
@@ -95,8 +92,7 @@ RLK_MULTIVERSION void run_tokens(const PolicyParams& p, const Tokens& t, Partial
   }
 }
 
-// Of one sequence: the tokens that count, and the mean of logprob - old_logprob
-// over them.
+// Of one sequence: the tokens that count, and the mean of logprob - old_logprob over them.
 struct SequenceStats {
   int64_t length;
   float log_ratio;
@@ -127,8 +123,7 @@ RLK_MULTIVERSION float sum_log_ratio(const float* logprob, const float* old_logp
   return reduce_add(sum);
 }
 
-// Where sequences begin: cu_seqlens of either integer type, or rows of one
-// length.
+// Where sequences begin: cu_seqlens of either integer type, or rows of one length.
 class Sequences {
  public:
   Sequences(const Tensor& logprob, const std::optional<Tensor>& cu_seqlens)

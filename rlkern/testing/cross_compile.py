@@ -39,7 +39,8 @@ _TYPES = {
 
 
 class Launch(tuple):
-    """(kernel, signature, constexprs, options): hashable, so that equal launches compile once."""
+    """(kernel, signature, constexprs, options, divisible): hashable, so that equal launches compile
+    once. `divisible` holds the arguments that are multiples of 16, as Triton would specialise."""
 
 
 def record(run: Callable[[], object]) -> Iterator[Launch]:
@@ -50,15 +51,20 @@ def record(run: Callable[[], object]) -> Iterator[Launch]:
         names = [p.name for p in self.params]
         values = dict(zip(names, args)) | {k: v for k, v in kwargs.items() if k in names}
         options = {k: v for k, v in kwargs.items() if k not in names}
-        signature, constexprs = {}, {}
+        signature, constexprs, divisible = {}, {}, []
         for parameter in self.params:
             value = values.get(parameter.name, parameter.default)
-            if parameter.is_constexpr or value is None:
+            is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+            if parameter.is_constexpr or value is None or is_one:
                 signature[parameter.name] = "constexpr"
                 constexprs[parameter.name] = value
-            else:
-                signature[parameter.name] = _type_of(value)
+                continue
+            signature[parameter.name] = _type_of(value)
+            address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if isinstance(address, int) and address % 16 == 0:
+                divisible.append(parameter.name)
         key = (self, *(tuple(sorted(d.items())) for d in (signature, constexprs, options)))
+        key = (*key, tuple(divisible))
         launches[Launch(key)] = None
 
     original = JITFunction.run
@@ -82,14 +88,14 @@ def _type_of(value: object) -> str:
 
 def compile_launch(launch: Launch, capability: int) -> dict:
     """Compiles to a cubin; its registers, shared memory and bytes of local memory (spills)."""
-    kernel, signature, constexprs, options = launch
+    kernel, signature, constexprs, options, divisible = launch
     names = [p.name for p in kernel.params]
     typed = dict(signature)
     source = ASTSource(
         fn=kernel,
         signature={name: typed[name] for name in names},
         constexprs={(names.index(k),): v for k, v in constexprs},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if typed[n][0] == "*"},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=dict(options))

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from rlkern.ops._triton import INTERPRETED
 
-# T, V and H of a tile. Two operand tiles of 128 x 64 in bfloat16, three deep in flight: 96 KiB,
-# which the smallest supported GPU (sm_120: 99 KiB a block) still holds.
-BLOCK_T = 128
-BLOCK_V = 128
-TILE_BYTES = 128
-NUM_STAGES = 3
-NUM_WARPS = 8
+# T, V and bytes of H of a tile, warps and stages. Rows that start and end at multiples of 16
+# elements are copied asynchronously: operand tiles three deep in flight (72 KiB; sm_120 has 99 KiB
+# a block), and 64 x 128 accumulators over eight warps leave registers for the softmax on every
+# architecture. Other rows are loaded element by element through registers, which a small tile
+# leaves free.
+ALIGNED = (64, 128, 128, 8, 3)
+UNALIGNED = (32, 64, 64, 4, 1)
 # Stretches of the vocabulary: fixed by V alone, so that a token's bits do not depend on T.
 SPLIT_V = 8192
 MAX_SPLITS = 16
@@ -276,10 +276,11 @@ def forward(
     entropy = hidden.new_empty((rows if want_entropy else 0,), dtype=torch.float32)
     if rows == 0:
         return logprob, logsumexp, entropy
+    tile = _tile(hidden, weight)
     splits = max(1, min(MAX_SPLITS, triton.cdiv(vocab, SPLIT_V)))
-    split_size = triton.cdiv(triton.cdiv(vocab, splits), BLOCK_V) * BLOCK_V
+    split_size = triton.cdiv(triton.cdiv(vocab, splits), tile["BLOCK_V"]) * tile["BLOCK_V"]
     partial = hidden.new_empty((splits, 4, rows), dtype=torch.float32)
-    _forward_kernel[(triton.cdiv(rows, BLOCK_T), splits)](
+    _forward_kernel[(triton.cdiv(rows, tile["BLOCK_T"]), splits)](
         hidden,
         weight,
         targets,
@@ -292,7 +293,7 @@ def forward(
         weight.stride(0),
         split_size,
         temperature,
-        **_tile(hidden),
+        **tile,
     )
     _merge_kernel[(triton.cdiv(rows, 128),)](
         partial,
@@ -333,12 +334,14 @@ def backward(
     total = hidden.new_zeros((rows if need_hidden else 0, depth), dtype=torch.float32)
     if rows == 0:
         return total.to(hidden.dtype), grad_weight.zero_()
-    chunk = max(BLOCK_V, CHUNK_ELEMENTS // rows // BLOCK_V * BLOCK_V)
+    tile = _tile(hidden, weight)
+    block_t, block_v = tile["BLOCK_T"], tile["BLOCK_V"]
+    chunk = max(block_v, CHUNK_ELEMENTS // rows // block_v * block_v)
     buffer = hidden.new_empty(rows * min(chunk, vocab))
     for first in range(0, vocab, chunk):
         width = min(chunk, vocab - first)
         d_logits = buffer[: rows * width].view(rows, width)
-        _logit_gradient_kernel[(triton.cdiv(rows, BLOCK_T), triton.cdiv(width, BLOCK_V))](
+        _logit_gradient_kernel[(triton.cdiv(rows, block_t), triton.cdiv(width, block_v))](
             grad_logprob,
             grad_logsumexp,
             grad_entropy,
@@ -358,7 +361,7 @@ def backward(
             width,
             temperature,
             ignore_index,
-            **_tile(hidden),
+            **tile,
         )
         if need_hidden:
             total += _matmul_fp32(d_logits, weight[first : first + width])
@@ -367,14 +370,19 @@ def backward(
     return total.to(hidden.dtype), grad_weight
 
 
-def _tile(hidden: Tensor) -> dict[str, int]:
+def _tile(hidden: Tensor, weight: Tensor) -> dict[str, int]:
+    size = hidden.element_size()
+    aligned = hidden.shape[1] % 16 == 0 and all(
+        t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (hidden, weight)
+    )
+    block_t, block_v, depth_bytes, warps, stages = ALIGNED if aligned else UNALIGNED
     return {
-        "BLOCK_T": BLOCK_T,
-        "BLOCK_V": BLOCK_V,
-        "BLOCK_H": TILE_BYTES // hidden.element_size(),
+        "BLOCK_T": block_t,
+        "BLOCK_V": block_v,
+        "BLOCK_H": depth_bytes // size,
         "WIDEN": INTERPRETED,
-        "num_warps": NUM_WARPS,
-        "num_stages": NUM_STAGES,
+        "num_warps": warps,
+        "num_stages": stages,
     }
 
 

@@ -1,8 +1,6 @@
-// Estimates of KL(policy || reference) from one token, D = logprob -
-// ref_logprob:
+// Estimates of KL(policy || reference) from one token, D = logprob - ref_logprob:
 //   k1 = D,  k2 = D^2 / 2,  k3 = exp(-D) + D - 1
-// and their derivatives by logprob, which are 0 past the clamp of |D| or of
-// |KL|.
+// and their derivatives by logprob, which are 0 past the clamp of |D| or of |KL|.
 #pragma once
 
 #include "rlkern/math/exp.h"
@@ -25,8 +23,7 @@ struct KlTerm {
   F grad;
 };
 
-// exp(x) - 1 - x. Near 0 the difference would cancel: there the series of exp
-// from x^2 on.
+// exp(x) - 1 - x. Near 0 the difference would cancel: there the series of exp from x^2 on.
 template <class F>
 RLK_HD F exp_minus_linear(F x) {
   F p = x * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -40,7 +37,7 @@ RLK_HD F exp_minus_linear(F x) {
 
 template <class F>
 RLK_HD KlTerm<F> kl_term(F delta, const KlParams& p) {
-  const F bound = bounded(delta, -p.input_clamp, p.input_clamp);
+  const F bound = bounded(delta, F{} - p.input_clamp, F{} + p.input_clamp);
   const F outside = delta - bound;
   delta = bound;
   F value = delta, grad = F{} + 1.0f;
@@ -51,7 +48,7 @@ RLK_HD KlTerm<F> kl_term(F delta, const KlParams& p) {
     value = exp_minus_linear(-delta);
     grad = delta - value;  // 1 - exp(-D)
   }
-  const F held = bounded(value, -p.output_clamp, p.output_clamp);
+  const F held = bounded(value, F{} - p.output_clamp, F{} + p.output_clamp);
   const F past = value - held;
   return {held, outside * outside + past * past > 0.0f ? F{} : grad};
 }

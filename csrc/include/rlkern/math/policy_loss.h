@@ -50,12 +50,11 @@ struct PolicyStats {
   F most = F{} - INFINITY;
 };
 
-// Adds the token to stats; returns d loss / d logprob. counts: 1, or 0 for a
-// token that does not.
+// Adds the token to stats; returns d loss / d logprob. counts: 1, or 0 for a token that does not.
 template <class F>
 RLK_HD F policy_token(const PolicyParams& p, const PolicyInput<F>& in, F counts, bool has_ref,
                       bool has_entropy, PolicyStats<F>& stats) {
-  const float limit = p.log_ratio_clamp;
+  const F limit = F{} + p.log_ratio_clamp;
   const F log_ratio = bounded(in.log_ratio, -limit, limit);
   const F r = exp(log_ratio);
   const Surrogate<F> s =
@@ -108,8 +107,7 @@ RLK_HD void policy_metrics(const double* sum, float least, float most, float* ou
   out[10] = static_cast<float>(sum[kEntropySum] * share);
 }
 
-// The weight of a token in a sequence of `length` tokens that count, up to 1 /
-// denominator.
+// The weight of a token in a sequence of `length` tokens that count, up to 1 / denominator.
 RLK_HD float policy_weight(double scale_over_denominator, bool divide_by_length, int64_t length) {
   return static_cast<float>(divide_by_length ? scale_over_denominator / (length > 0 ? length : 1)
                                              : scale_over_denominator);

@@ -1,9 +1,8 @@
-// The surrogate of one token: its loss from the ratio and the advantage, and
-// the derivative.
+// The surrogate of one token: its loss from the ratio and the advantage, and the derivative.
 //
-// F is float or a vector of floats. Every comparison stands in one select and
-// nowhere else: GCC takes a comparison of vectors that is used twice apart lane
-// by lane. All are written so that a NaN gets through.
+// F is float or a vector of floats. Every comparison stands in one select and nowhere else: GCC
+// takes a comparison of vectors that is used twice apart lane by lane. All are written so that a
+// NaN gets through.
 #pragma once
 
 #include <cmath>
@@ -12,8 +11,7 @@
 
 namespace rlkern {
 
-// clip(r, low, high); cap bounds the loss of a negative advantage (dual clip).
-// Infinite: no bound.
+// clip(r, low, high); cap bounds the loss of a negative advantage (dual clip). Infinite: no bound.
 struct RatioBounds {
   float low;
   float high;
@@ -26,19 +24,13 @@ RLK_HD F bounded(F x, F low, F high) {
   return x > high ? high : x;
 }
 template <class F>
-RLK_HD F bounded(F x, float low, float high) {
-  return bounded(x, F{} + low, F{} + high);
-}
-
-template <class F>
 struct Surrogate {
   F loss;
   F grad;               // d loss / d logprob
   F low, high, capped;  // 1 where that bound holds the loss
 };
 
-// -min(r A, clip(r) A), at most -cap A for A < 0. past: not 0 where the
-// log-ratio was clamped.
+// -min(r A, clip(r) A), at most -cap A for A < 0. past: not 0 where the log-ratio was clamped.
 template <class F>
 RLK_HD Surrogate<F> clipped_surrogate(F r, F past, F advantage, RatioBounds bounds) {
   // A = 0 gives 0 also where r has overflowed
@@ -56,7 +48,7 @@ RLK_HD Surrogate<F> clipped_surrogate(F r, F past, F advantage, RatioBounds boun
 // -sg[clip(r)] A logprob: every token keeps a gradient
 template <class F>
 RLK_HD Surrogate<F> detached_surrogate(F r, F logprob, F advantage, RatioBounds bounds) {
-  const F weight = bounded(r, bounds.low, bounds.high);
+  const F weight = bounded(r, F{} + bounds.low, F{} + bounds.high);
   const F grad = advantage == 0.0f ? F{} : -advantage * weight;
   return {grad == 0.0f ? F{} : grad * logprob, grad, r < weight ? F{} + 1.0f : F{},
           r > weight ? F{} + 1.0f : F{}, F{}};

@@ -1,0 +1,232 @@
+"""Renders bench/results/<machine>/<op>.json into README.md and docs: tables, and plots beside them.
+
+    python -m bench.report            # rewrite them
+    python -m bench.report --check    # exit 1 if a table is not what the JSON says
+
+A table stands between `<!-- bench:begin OP -->` and `<!-- bench:end -->`; what is between is ours.
+Times are medians of rounds in which all variants took turns, given as multiples of the limit and
+of rlkern; absolute times are shown for a named GPU alone.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+IMAGES = ROOT / "docs/images"
+BLOCK = re.compile(r"(<!-- bench:begin (\w+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+OURS, LIMIT = "rlkern", "limit"
+# A plot of wider range than this is logarithmic.
+LINEAR_RANGE = 20
+NO_RATIO = "–"
+
+
+class Row(NamedTuple):
+    shape: str
+    dtype: str
+    passes: str
+    variant: str
+    seconds: float
+    spread: float  # interquartile range over median
+    limit_seconds: float | None
+    limit: str
+    peak_bytes: int | None
+    green: bool
+    sizes: dict[str, int] | None
+
+    @property
+    def case(self) -> tuple[str, str, str]:
+        return self.shape, self.dtype, self.passes
+
+
+class Result(NamedTuple):
+    path: Path
+    op: str
+    machine: dict
+    command: str
+    commit: str
+    rows: list[Row]
+
+
+def load(path: Path) -> Result:
+    saved = json.loads(path.read_text())
+    rows = []
+    for entry in saved["benchmarks"]:
+        info, stats = entry["extra_info"], entry["stats"]
+        limit_ms = info.get("limit_ms")
+        rows.append(
+            Row(
+                shape=info["shape"],
+                dtype=info["dtype"],
+                passes=info.get("pass", "forward"),
+                variant=info["variant"],
+                seconds=stats["median"],
+                spread=stats["iqr"] / stats["median"],
+                limit_seconds=None if limit_ms is None else limit_ms / 1e3,
+                limit=info.get("limit", "copy"),
+                peak_bytes=info.get("peak_bytes"),
+                green=info.get("tests") == "passed",
+                sizes=info.get("sizes"),
+            )
+        )
+    commit = (saved["commit_info"].get("id") or "")[:9]
+    if commit and saved["commit_info"].get("dirty"):
+        commit += " with changes"
+    return Result(path, path.stem, saved["machine_info"], saved["command"], commit, rows)
+
+
+def results(op: str) -> Iterator[Result]:
+    for path in sorted(RESULTS.glob(f"*/{op}.json")):
+        yield load(path)
+
+
+def markdown(op: str, document: Path) -> str:
+    """The text between the markers of `op` in `document`."""
+    parts = [_section(result, document) for result in results(op)]
+    return "\n".join(parts) if parts else "Not measured yet.\n"
+
+
+def _section(result: Result, document: Path) -> str:
+    machine, folder = result.machine, document.parent
+    link = os.path.relpath(result.path, folder)
+    built = f"torch {machine['torch']}"
+    if machine["gpu"]:
+        where = f"{machine['gpu']}, {built}, CUDA {machine['cuda']}, triton {machine['triton']}"
+    else:
+        where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {built}"
+    lines = [
+        f"**{machine['name']}** ({where}"
+        + (f"; commit {result.commit}" if result.commit else "")
+        + f"). From [{result.path.name}]({link}): `{result.command}`.",
+        "",
+        *_table(result),
+        "",
+    ]
+    sizes = {r.shape: r.sizes for r in result.rows if r.sizes}
+    if sizes:
+        named = (f"{s}: " + ", ".join(f"{k} {v}" for k, v in d.items()) for s, d in sizes.items())
+        lines += ["Shapes: " + "; ".join(named) + ".", ""]
+    if not all(r.green for r in result.rows):
+        lines += ["Ratios are withheld where the op's tests were not run before the bench.", ""]
+    image = _image(result)
+    if image.exists():
+        alt = f"{result.op} on {machine['name']}: time over the limit"
+        lines += [f"![{alt}]({os.path.relpath(image, folder)})", ""]
+    return "\n".join(lines)
+
+
+def _table(result: Result) -> list[str]:
+    gpu = bool(result.machine["gpu"])
+    memory = any(r.peak_bytes is not None for r in result.rows)
+    head = ["shape", "dtype", "pass", "variant", "time / limit", "time / rlkern", "spread"]
+    head += ["ms"] * gpu + ["extra memory"] * memory
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    ours = {r.case: r for r in result.rows if r.variant == OURS}
+    for r in result.rows:
+        base = ours.get(r.case)
+        variant = f"limit: bare {r.limit}" if r.variant == LIMIT else r.variant
+        if r.variant == OURS:
+            variant = f"**{OURS}**"
+        cells = [
+            r.shape,
+            r.dtype,
+            r.passes,
+            variant,
+            _ratio(r.seconds, r.limit_seconds, r.green),
+            _ratio(r.seconds, base and base.seconds, r.green),
+            f"{r.spread:.0%}",
+        ]
+        cells += [f"{r.seconds * 1e3:.3g}"] * gpu
+        cells += [_mebibytes(r.peak_bytes)] * memory
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _ratio(seconds: float, base: float | None, green: bool) -> str:
+    if base is None or not green:
+        return NO_RATIO
+    ratio = seconds / base
+    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:,.0f}×"
+
+
+def _mebibytes(num_bytes: int | None) -> str:
+    return NO_RATIO if num_bytes is None else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _image(result: Result) -> Path:
+    return IMAGES / f"{result.machine['name']}-{result.op}.svg"
+
+
+def plot(result: Result) -> None:
+    """Bars of time over the limit, a panel a case."""
+    rows = [r for r in result.rows if r.variant != LIMIT and r.limit_seconds and r.green]
+    if not rows:
+        return
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    # the same bytes for the same numbers
+    plt.rcParams["svg.hashsalt"] = "rlkern"
+    cases = list(dict.fromkeys(r.case for r in rows))
+    heights = [sum(r.case == case for r in rows) for case in cases]
+    figure, axes = plt.subplots(
+        len(cases),
+        1,
+        figsize=(7, 0.55 * len(cases) + 0.28 * sum(heights) + 0.4),
+        gridspec_kw={"height_ratios": heights},
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
+    ratios = [r.seconds / r.limit_seconds for r in rows]
+    for axis, case in zip(axes[:, 0], cases):
+        mine = [r for r in rows if r.case == case]
+        widths = [r.seconds / r.limit_seconds for r in mine]
+        colours = ["#c2410c" if r.variant == OURS else "#94a3b8" for r in mine]
+        bars = axis.barh([r.variant for r in mine], widths, color=colours)
+        axis.bar_label(bars, [_ratio(w, 1.0, True) for w in widths], padding=3, fontsize=8)
+        axis.axvline(1.0, color="#334155", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set_title(", ".join(case), fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    if max(ratios) > LINEAR_RANGE * min(ratios):
+        axes[0, 0].set_xscale("log")
+    axes[0, 0].set_xlim(right=max(ratios) * (2.5 if axes[0, 0].get_xscale() == "log" else 1.15))
+    axes[-1, 0].set_xlabel(f"time / bare {rows[0].limit} ({result.machine['name']})", fontsize=8)
+    path = _image(result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if stale")
+    check = parser.parse_args().check
+    if not check:
+        for path in sorted(RESULTS.glob("*/*.json")):
+            plot(load(path))
+    stale = []
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        before = document.read_text() if document.exists() else ""
+        after = BLOCK.sub(lambda m, d=document: m[1] + markdown(m[2], d) + m[3], before)
+        if after != before:
+            stale.append(str(document.relative_to(ROOT)))
+            if not check:
+                document.write_text(after)
+    if stale:
+        print(("stale: " if check else "rewrote ") + ", ".join(stale))
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
