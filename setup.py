@@ -40,7 +40,7 @@ def default_archs(home: Path) -> str:
     """Every architecture that this nvcc can target, of those that we test the build for."""
     text = subprocess.check_output([str(home / "bin/nvcc"), "--list-gpu-code"], text=True)
     known = {code.removeprefix("sm_") for code in text.split()}
-    return ";".join(arch for arch in ("80", "90a", "100a") if arch in known)
+    return ";".join(arch for arch in ("80", "90a", "100a") if arch.rstrip("a") in known)
 
 
 def gencode(archs: str) -> list[str]:
@@ -107,6 +107,8 @@ extensions = [
     )
 ]
 if BUILD_CUDA:
+    # torch leaves it None when it has no CUDA itself: it can still build for a torch that has.
+    cpp_extension.CUDA_HOME = str(HOME)
     archs = os.environ.get("RLKERN_CUDA_ARCHS") or default_archs(HOME)
     cuda = cpp_extension.CppExtension(
         "rlkern._C_cuda",
@@ -122,7 +124,7 @@ if BUILD_CUDA:
             "nvcc": [
                 "-std=c++20",
                 "-O3",
-                "-Xcompiler=-fPIC",
+                f"-Xcompiler=-fPIC,-fmacro-prefix-map={ROOT}/=",
                 *STABLE,
                 "-DUSE_CUDA",
                 *gencode(archs),

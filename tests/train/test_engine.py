@@ -73,9 +73,7 @@ def test_structure_of_the_rollouts(model):
     assert [p.tolist() for p in rollouts.prompts()] == [p for p in PROMPTS for _ in range(3)]
     lengths, ends = rollouts.lengths.tolist(), torch.tensor(EOS)
     assert len(set(lengths)) > 2  # so that rows finish, and are compacted, at different times
-    for response, truncated in zip(
-        rollouts.responses(), rollouts.truncated.tolist(), strict=True
-    ):
+    for response, truncated in zip(rollouts.responses(), rollouts.truncated.tolist(), strict=True):
         assert not torch.isin(response[:-1], ends).any()
         assert truncated == (not torch.isin(response[-1], ends))
         assert not truncated or len(response) == 8
