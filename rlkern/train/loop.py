@@ -24,10 +24,10 @@ from rlkern.train.batch import collate, response_logprobs
 from rlkern.train.config import Config
 from rlkern.train.data import batch_at, load_data
 from rlkern.train.diagnose import diagnose_step, diagnose_warmup, nonfinite
-from rlkern.train.evaluate import evaluate, judge
 from rlkern.train.log import RunLog
 from rlkern.train.model import encode_prompt, end_tokens, load_model
-from rlkern.train.rewards import load_reward
+from rlkern.train.rewards import judge, load_reward
+from rlkern.train.tasks import Example
 
 
 class Trainer:
@@ -57,6 +57,9 @@ class Trainer:
         if checkpoint:
             ckpt.restore_trainer(checkpoint, self.optimizer)
         self.log = RunLog(run_dir, cfg, self.step)
+        before, now = state.get("config"), cfg.model_dump(mode="json")
+        if before and (changed := [k for k in now if now[k] != before[k] and k != "run"]):
+            self.log.say(f"NOTE resumed with other settings in: {', '.join(changed)}")
         self.told: set[str] = set()
         self.stop = False  # set by a signal: finish this step, save, leave
 
@@ -161,14 +164,7 @@ class Trainer:
                 return rollouts, extra["rewards"].view(cfg.prompts, cfg.group_size).flatten()
             except (ValueError, KeyError, RuntimeError) as error:
                 raise TrainError(f"rollout.replay, step {self.step}: {error}") from error
-        rollouts = self.engine.generate(
-            [self.encode(example.prompt) for example in examples],
-            group_size=cfg.group_size,
-            max_new_tokens=cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            generator=self.generator("rollout", self.device),
-        )
-        samples = judge(rollouts, examples, self.tokenizer, self.reward)
+        rollouts, samples = self.sample(examples, cfg.group_size, "rollout")
         self.log.samples(self.step, samples)
         rewards = torch.tensor([sample["reward"] for sample in samples], device=self.device)
         if cfg.save:
@@ -265,13 +261,34 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm.item()
 
+    def sample(
+        self, examples: list[Example], group_size: int, purpose: str, greedy: bool = False
+    ) -> tuple[Rollouts, list[dict[str, Any]]]:
+        """-> rollouts, and {prompt, completion, answer, reward} of each sequence."""
+        cfg = self.cfg.rollout
+        try:
+            rollouts = self.engine.generate(
+                [self.encode(example.prompt) for example in examples],
+                group_size=group_size,
+                max_new_tokens=cfg.max_new_tokens,
+                temperature=cfg.temperature,
+                greedy=greedy,
+                generator=self.generator(purpose, self.device),
+            )
+        except ValueError as error:  # a prompt that is empty, or too long for the model
+            raise TrainError(f"step {self.step}: {error}") from error
+        return rollouts, judge(rollouts, examples, self.tokenizer, self.reward)
+
     def evaluate(self) -> None:
-        start = time.perf_counter()
-        prompts = [self.encode(example.prompt) for example in self.heldout]
-        stream = self.generator("eval", self.device)
-        scores = evaluate(
-            self.engine, self.heldout, prompts, self.tokenizer, self.reward, self.cfg, stream
-        )
+        """Held-out accuracy; a completion is right at a reward of 1 or more."""
+        start, n = time.perf_counter(), self.cfg.eval.samples
+        greedy = [s["reward"] for s in self.sample(self.heldout, 1, "eval", greedy=True)[1]]
+        scores = {"eval/greedy": mean([r >= 1 for r in greedy]), "eval/reward": mean(greedy)}
+        if self.cfg.eval.k:
+            right = [s["reward"] >= 1 for s in self.sample(self.heldout, n, "eval")[1]]
+            counts = [sum(right[i : i + n]) for i in range(0, len(right), n)]
+            for k in self.cfg.eval.k:
+                scores[f"eval/pass@{k}"] = mean([pass_at_k(n, c, k) for c in counts])
         scores["time/eval"] = time.perf_counter() - start
         self.log.metrics({"step": self.step, "phase": "eval", **scores})
 
@@ -329,6 +346,11 @@ class Trainer:
             self.tokenizer.save_pretrained(part)
             part.rename(folder)
         return reference.requires_grad_(False).eval()
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Unbiased chance that one of k draws without replacement is right: 1 - C(n-c, k) / C(n, k)."""
+    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
 def schedule(kind: str, step: int, total: int, warmup: int) -> float:

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from rlkern.rollout import Rollouts
 from rlkern.train import TrainError
+from rlkern.train.tasks import Example
 
 Reward = Callable[[Any, str, Any], float]
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
@@ -90,3 +92,16 @@ def score(reward: Reward, prompt: Any, completion: str, answer: Any) -> float:
     if not math.isfinite(number):
         raise TrainError(f"the reward function returned {value!r}, not a number\n  on {where}")
     return number
+
+
+def judge(
+    rollouts: Rollouts, examples: list[Example], tokenizer: Any, reward: Reward
+) -> list[dict[str, Any]]:
+    """One {prompt, completion, answer, reward} per sequence; `examples` has one per prompt."""
+    samples = []
+    for group, ids in zip(rollouts.group_ids.tolist(), rollouts.responses(), strict=True):
+        prompt, answer = examples[group].prompt, examples[group].answer
+        text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        value = score(reward, prompt, text, answer)
+        samples.append({"prompt": prompt, "completion": text, "answer": answer, "reward": value})
+    return samples

@@ -101,18 +101,27 @@ def test_closer_to_float64_than_torch(kind):
 @pytest.mark.parametrize("epsilon", [0.0, 1e-6])
 def test_a_group_of_one_and_equal_rewards_give_exactly_zero(device, kind, epsilon):
     ones = torch.arange(7).to(device)
-    equal = torch.full((30,), 0.1).to(device)
     third = shuffled(30, 3).to(device)
     for kernel in checks.kernels(OP, device):
         assert (run(kernel, torch.randn(7).to(device), ones, kind, None, epsilon) == 0).all()
         for dtype in (*checks.DTYPES, torch.float64):
-            got = run(kernel, equal.to(dtype), third, kind, None, epsilon)
+            # 0.1 in float64 too, of which ten do not sum to 1
+            equal = torch.full((30,), 0.1, dtype=dtype, device=device)
+            got = run(kernel, equal, third, kind, None, epsilon)
             assert (got == 0).all(), f"{kernel.name} {dtype}"
         # one equal group beside others that are not
         mixed = torch.where(third == 1, 0.7, torch.randn(30).to(device))
         got = run(kernel, mixed, third, kind, None, epsilon)
         assert (got[third == 1] == 0).all(), kernel.name
         assert (got[third != 1] != 0).all(), kernel.name
+
+
+def test_equal_rewards_in_plain_torch():
+    """What the exact 0 is for: the rounding of a mean, divided by itself and 1e-6."""
+    rewards = torch.full((8,), 0.7)
+    torchs = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    assert torchs.abs().max() > 0.05
+    assert (rlkern.group_advantage(rewards, torch.zeros(8, dtype=torch.int64)) == 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,10 @@ def distinct(prompt, completion, answer):
     return len(set(completion)) / 4 + completion.count(answer[0]) / 8
 
 
+def coarse(prompt, completion, answer):
+    return len(completion) > 3
+
+
 def zero(prompt, completion, answer):
     return 0
 

@@ -9,7 +9,7 @@ import pytest
 from rlkern.train import TrainError
 from rlkern.train.config import find_recipe, load_config
 from rlkern.train.data import batch_at, load_data, read_jsonl
-from rlkern.train.evaluate import pass_at_k
+from rlkern.train.loop import pass_at_k
 from rlkern.train.model import CharTokenizer
 from rlkern.train.rewards import countdown, exact, load_reward, numeric, score
 from rlkern.train.tasks import ALPHABET, TASKS

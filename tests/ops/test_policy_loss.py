@@ -1,0 +1,1004 @@
+"""The policy loss: formulas, kernels, oracles restated from verl and TRL, contracts."""
+
+import math
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops import checks
+from torch import Tensor
+
+import rlkern
+from rlkern import PolicyObjective
+from rlkern.ops.policy_loss import op, reference
+from rlkern.ops.policy_loss.objective import LOSS_AGG_MODES
+from rlkern.ops.policy_loss.samples import SCALARS
+from rlkern.testing.numerics import assert_same_bits, assert_within_budget
+
+OP = "policy_loss"
+ROOT = Path(__file__).parents[2]
+PRESETS = ("ppo", "grpo", "dapo", "dr_grpo", "gspo", "cispo")
+HORIZON = 37.0
+
+
+def preset(name: str, **overrides) -> PolicyObjective:
+    if name == "dr_grpo":
+        overrides = {"loss_scale_factor": HORIZON} | overrides
+    return PolicyObjective.preset(name, **overrides)
+
+
+class Batch:
+    """Padded tensors with a prefix mask, and the same tokens packed."""
+
+    def __init__(self, lengths, columns=None, spread=0.3, dtype=torch.float64, seed=0):
+        random = torch.Generator().manual_seed(seed)
+        self.lengths = torch.tensor(lengths)
+        rows, columns = len(lengths), columns or max(lengths)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
+
+        self.logprob = normal(rows, columns) - 2
+        self.old = self.logprob + spread * normal(rows, columns)
+        self.ref = self.logprob + 0.4 * normal(rows, columns)
+        self.entropy = normal(rows, columns).abs()
+        self.advantages = normal(rows)
+        self.mask = torch.arange(columns) < self.lengths[:, None]
+        self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+
+    def packed(self, value: Tensor) -> Tensor:
+        return value[self.mask]
+
+
+# --- formulas ---------------------------------------------------------------------------------
+
+OBJECTIVES = {
+    **{name: preset(name) for name in PRESETS},
+    "dual clip": preset("dapo", clip_ratio_c=1.5),
+    "two-sided clip": preset("grpo", delta=1.4),
+    "no clip": PolicyObjective(epsilon_low=None, epsilon_high=None),
+    "narrow clamp": preset("ppo", log_ratio_clamp=0.15),
+    "gspo, dual clip": preset("gspo", epsilon_low=0.02, epsilon_high=0.03, clip_ratio_c=1.05),
+    "detached sequence ratio": preset("cispo", importance_sampling_level="sequence"),
+    "detached, both sides": preset(
+        "cispo", cispo_max_ratio=None, epsilon_low=0.1, epsilon_high=0.2
+    ),
+    **{
+        f"{kind}, entropy": preset("grpo", kl_coef=0.2, kl_type=kind, entropy_coef=0.1)
+        for kind in ("k1", "k2", "k3")
+    },
+    "k3, clamped": preset(
+        "dapo", kl_coef=0.2, kl_input_clamp_value=0.5, kl_output_clamp_value=0.05
+    ),
+    **{
+        mode: PolicyObjective(
+            loss_agg_mode=mode, loss_scale_factor=HORIZON if mode.endswith("norm") else None
+        )
+        for mode in LOSS_AGG_MODES
+    },
+    "count empty": preset("grpo", count_empty=True),
+}
+
+
+def reference_args(batch: Batch, objective: PolicyObjective, logprob, entropy) -> tuple:
+    tensors = (logprob, batch.old, batch.advantages, None, batch.mask, batch.ref, entropy)
+    return (*tensors, *objective.constants, *objective.aggregation, True, True)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_reference_gradient_is_the_derivative(name):
+    batch, objective = Batch([5, 0, 9, 1]), OBJECTIVES[name]
+    logprob = batch.logprob.clone().requires_grad_()
+    entropy = batch.entropy.clone().requires_grad_()
+    loss, _, grad, grad_entropy = reference.forward(
+        *reference_args(batch, objective, logprob, entropy)
+    )
+    want = torch.autograd.grad(loss, (logprob, entropy), allow_unused=True)
+    torch.testing.assert_close(grad, want[0], rtol=1e-12, atol=1e-15)
+    if objective.entropy_coef:
+        torch.testing.assert_close(grad_entropy, want[1], rtol=1e-12, atol=1e-15)
+    assert (grad[~batch.mask] == 0).all()
+
+
+@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o.surrogate == "clip"])
+def test_gradient_is_that_of_central_differences(name):
+    batch, objective = Batch([4, 0, 6, 1]), OBJECTIVES[name]
+
+    def run(logprob, entropy):
+        return rlkern.policy_loss(
+            logprob,
+            batch.packed(batch.old),
+            batch.advantages,
+            cu_seqlens=batch.cu_seqlens,
+            objective=objective,
+            ref_logprob=batch.packed(batch.ref),
+            entropy=entropy,
+        ).loss
+
+    inputs = [batch.packed(x).clone().requires_grad_() for x in (batch.logprob, batch.entropy)]
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_detached_gradient_freezes_the_weight():
+    """-sg[clip(r)] A logprob: central differences with the weights held."""
+    batch = Batch([6, 3])
+    logprob, old = batch.packed(batch.logprob), batch.packed(batch.old)
+    a = batch.advantages.repeat_interleave(batch.lengths)
+    objective = preset("cispo", epsilon_low=0.3, cispo_max_ratio=1.2)
+    x = logprob.clone().requires_grad_()
+    out = rlkern.policy_loss(
+        x, old, batch.advantages, cu_seqlens=batch.cu_seqlens, objective=objective
+    )
+    (grad,) = torch.autograd.grad(out.loss, x)
+    weight = (logprob - old).exp().clamp(0.7, 1.2)
+    torch.testing.assert_close(grad, -weight * a / 9)
+    torch.testing.assert_close(out.loss, (-weight * a * logprob).sum() / 9)
+
+
+RATIOS = (0.05, 0.5, 0.79, 0.81, 1.0, 1.27, 1.29, 2.0, 2.99, 3.01, 20.0)
+
+
+@pytest.mark.parametrize("kernel_of", ["public float64", "native", "triton", "reference"])
+def test_dual_clip_table(kernel_of, device):
+    """g / (-A): A > 0: r up to 1.28, then 0; A < 0: 0 below 0.8, r up to 3, then 0."""
+    positive = [r if r <= 1.28 else 0.0 for r in RATIOS]
+    negative = [r if 0.8 <= r <= 3 else 0.0 for r in RATIOS]
+    objective = preset("dapo", clip_ratio_c=3.0, loss_agg_mode="token-sum")
+    double = kernel_of == "public float64"
+    kind = torch.float64 if double else torch.float32
+    x = torch.tensor(RATIOS, dtype=torch.float64).log().to(device, kind)
+    for a, want in ((1.0, positive), (-1.0, negative), (0.0, [0.0] * len(RATIOS))):
+        advantages = torch.full_like(x, a)
+        if double:
+            live = x.clone().requires_grad_()
+            out = rlkern.policy_loss(live, torch.zeros_like(x), advantages, objective=objective)
+            (grad,) = torch.autograd.grad(out.loss, live)
+        else:
+            found = [k for k in checks.kernels(OP, device) if k.name == kernel_of]
+            if not found:
+                pytest.skip(f"no {kernel_of} kernel here")
+            tensors = (x, torch.zeros_like(x), advantages, None, None, None, None)
+            grad = found[0].forward(
+                *tensors, *objective.constants, *objective.aggregation, True, False
+            )[2]
+        want = torch.tensor(want, dtype=torch.float64)
+        torch.testing.assert_close(-grad.cpu().double() * (a or 1.0), want, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_on_policy_the_gradient_is_minus_the_advantage(name):
+    batch = Batch([5, 2, 7], dtype=torch.float32)
+    live = batch.logprob.clone().requires_grad_()
+    out = rlkern.policy_loss(
+        live, batch.logprob, batch.advantages, mask=batch.mask, objective=preset(name)
+    )
+    (grad,) = torch.autograd.grad(out.loss, live)
+    a = batch.advantages[:, None].expand_as(live)
+    n = batch.lengths[:, None]
+    weight = {"seq-mean-token-mean": 1 / (3 * n), "token-mean": torch.full_like(n, 1) / 14}
+    want = -a * weight.get(preset(name).loss_agg_mode, torch.full_like(n, 1) / (3 * HORIZON))
+    torch.testing.assert_close(grad, torch.where(batch.mask, want, 0.0))
+    for key in ("ratio_mean", "ratio_min", "ratio_max"):
+        assert out.metrics[key] == 1
+    for key in ("pg_clipfrac", "pg_clipfrac_lower", "ppo_kl"):
+        assert out.metrics[key] == 0
+
+
+# --- oracles: verl's and TRL's formulas, written out with autograd ------------------------------
+
+
+def verl_agg_loss(loss: Tensor, mask: Tensor, mode: str, horizon: float) -> Tensor:
+    """core_algos.agg_loss; sequences without tokens are not counted."""
+    mask = mask.to(loss)
+    if mode == "token-mean":
+        return (loss * mask).sum() / mask.sum()
+    if mode == "token-sum":
+        return (loss * mask).sum()
+    per_sequence = (loss * mask).sum(-1)
+    if mode == "seq-mean-token-mean":
+        per_sequence = per_sequence / (mask.sum(-1) + 1e-8)
+    filled = (mask.sum(-1) > 0).to(loss)
+    mean = (per_sequence * filled).sum() / filled.sum()
+    return mean / horizon if mode == "seq-mean-token-sum-norm" else mean
+
+
+def verl_tokens(kind: str, live: Tensor, old: Tensor, a: Tensor, mask: Tensor, o) -> dict:
+    """compute_policy_loss_vanilla, _gspo and _cispo: token losses and the metrics."""
+
+    def mean(x):
+        return (x.to(live) * mask).sum() / mask.sum()
+
+    negative_approx_kl = torch.clamp(live - old, min=-20.0, max=20.0)
+    if kind == "gspo":
+        lengths = mask.sum(-1).clamp(min=1)
+        sequence = ((live - old) * mask).sum(-1) / lengths
+        log_ratio = live - live.detach() + sequence.detach()[:, None]
+        ratio = torch.exp(torch.clamp(log_ratio, max=10.0))
+    else:
+        ratio = torch.exp(negative_approx_kl)
+    low, high = 1 - o.epsilon_low, 1 + o.epsilon_high
+    if kind == "cispo":
+        clipped = torch.clamp(ratio, low, high).detach()
+        return {"loss": -a * clipped * live, "pg_clipfrac": mean(ratio != clipped)}
+    losses1 = -a * ratio
+    losses2 = -a * torch.clamp(ratio, low, high)
+    loss = torch.maximum(losses1, losses2)
+    metrics = {"pg_clipfrac": mean(torch.gt(losses2, losses1)), "ppo_kl": mean(-negative_approx_kl)}
+    if o.clip_ratio_c is not None:
+        losses3 = -a * o.clip_ratio_c
+        metrics["pg_clipfrac_lower"] = mean((loss > losses3) & (a < 0))
+        loss = torch.where(a < 0, torch.min(losses3, loss), loss)
+    return {"loss": loss, **metrics}
+
+
+def verl_kl(live: Tensor, ref: Tensor, kind: str) -> Tensor:
+    if kind == "k1":
+        return live - ref
+    if kind == "k2":
+        return 0.5 * (live - ref).square()
+    kl = torch.clamp(ref - live, min=-20, max=20)
+    return torch.clamp(torch.exp(kl) - kl - 1, min=-10, max=10)
+
+
+VERL = {
+    "ppo": ("vanilla", {}),
+    "dual clip": ("vanilla", {"clip_ratio_c": 1.3}),
+    "wide": ("vanilla", {"epsilon_high": 0.28}),
+    "gspo": ("gspo", {"importance_sampling_level": "sequence"}),
+    "cispo": ("cispo", {"surrogate": "detached"}),
+}
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+@pytest.mark.parametrize("kl_type", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("name", VERL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equals_verl(name, mode, kl_type, dtype):
+    kind, fields = VERL[name]
+    objective = PolicyObjective(
+        **fields,
+        loss_agg_mode=mode,
+        loss_scale_factor=HORIZON if mode.endswith("norm") else None,
+        kl_coef=0.3,
+        kl_type=kl_type,
+        kl_output_clamp_value=10.0,
+        entropy_coef=0.05,
+    )
+    # sequence ratios are means: a wider spread so that some are clipped
+    batch = Batch([7, 0, 12, 3, 1, 20], spread=1.0 if kind == "gspo" else 0.4)
+    live = batch.logprob.clone().requires_grad_()
+    entropy = batch.entropy.clone().requires_grad_()
+    mask, a = batch.mask, batch.advantages[:, None]
+    want = verl_tokens(kind, live, batch.old, a, mask, objective)
+
+    def agg(x):
+        return verl_agg_loss(x, mask, mode, HORIZON)
+
+    loss = agg(want.pop("loss")) - 0.05 * agg(entropy)
+    loss = loss + 0.3 * agg(verl_kl(live, batch.ref, kl_type))
+    want_grads = torch.autograd.grad(loss, (live, entropy))
+
+    ours = [x.detach().to(dtype).requires_grad_() for x in (live, entropy)]
+    out = rlkern.policy_loss(
+        ours[0],
+        batch.old.to(dtype),
+        batch.advantages.to(dtype),
+        mask=mask,
+        objective=objective,
+        ref_logprob=batch.ref.to(dtype),
+        entropy=ours[1],
+    )
+    got_grads = torch.autograd.grad(out.loss, ours)
+    exact = dtype == torch.float64
+    tolerance = {"rtol": 1e-7, "atol": 1e-9} if exact else {"rtol": 1e-5, "atol": 2e-6}
+    torch.testing.assert_close(out.loss.double(), loss, **tolerance)
+    for got, wanted in zip(got_grads, want_grads):
+        torch.testing.assert_close(got.double(), wanted, rtol=tolerance["rtol"], atol=1e-8)
+    assert 0 < out.metrics["pg_clipfrac"] < 1
+    for key, value in want.items():
+        torch.testing.assert_close(out.metrics[key].double(), value, **tolerance)
+
+
+def trl_loss(live, old, ref, a, mask, loss_type, level, low, high, delta, beta) -> Tensor:
+    """GRPOTrainer._compute_loss."""
+    log_ratio = live - old
+    if level == "sequence":
+        log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
+    coef_1 = torch.exp(log_ratio)
+    if loss_type == "cispo":
+        clamped = torch.clamp(coef_1, max=high).detach()
+        loss = -clamped * a * live
+    else:
+        coef_2 = torch.clamp(coef_1, 1 - low, 1 + high)
+        if delta is not None:
+            coef_1 = torch.clamp(coef_1, max=delta)
+        loss = -torch.min(coef_1 * a, coef_2 * a)
+    if beta:
+        kl = torch.exp(ref - live) - (ref - live) - 1
+        loss = loss + beta * kl
+    loss, mask = loss.expand_as(mask), mask.to(loss)
+    if loss_type == "grpo":
+        return ((loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    if loss_type == "dr_grpo":
+        return (loss * mask).sum() / (loss.size(0) * HORIZON)
+    # bnpo; dapo and cispo with one process and one micro-batch
+    return (loss * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+TRL = {
+    "grpo": {"objective": "grpo", "fields": {"count_empty": True}},
+    "dr_grpo": {
+        "objective": "dr_grpo",
+        "fields": {"count_empty": True, "loss_scale_factor": HORIZON},
+    },
+    "dapo": {"objective": "dapo", "fields": {}},
+    "cispo": {"objective": "cispo", "fields": {"cispo_max_ratio": 1.4}},
+}
+
+
+@pytest.mark.parametrize("loss_type", TRL)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("delta", [None, 1.1, 1.5])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_equals_trl(loss_type, level, delta, beta):
+    if loss_type == "cispo" and (level == "sequence" or delta):
+        pytest.skip("TRL has no such objective")
+    high = {"dapo": 0.28, "cispo": 1.4}.get(loss_type, 0.2)
+    case = TRL[loss_type]
+    fields = {"importance_sampling_level": level, "log_ratio_clamp": None, "beta": beta}
+    if delta:
+        fields["delta"] = delta
+    objective = PolicyObjective.preset(case["objective"], **case["fields"], **fields)
+    batch = Batch([7, 0, 12, 3, 1, 20], spread=0.5)
+    live = batch.logprob.clone().requires_grad_()
+    a = batch.advantages[:, None]
+    low = 0.2
+    loss = trl_loss(
+        live, batch.old, batch.ref, a, batch.mask, loss_type, level, low, high, delta, beta
+    )
+    (want,) = torch.autograd.grad(loss, live)
+    ours = live.detach().requires_grad_()
+    out = rlkern.policy_loss(
+        ours,
+        batch.old,
+        batch.advantages,
+        mask=batch.mask,
+        objective=objective,
+        ref_logprob=batch.ref,
+    )
+    (got,) = torch.autograd.grad(out.loss, ours)
+    torch.testing.assert_close(out.loss, loss, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_every_kernel_is_within_the_budget(device, dtype):
+    checks.check_budget(OP, device, dtype)
+
+
+def test_small_gradients_are_as_exact_as_large_ones(device):
+    """The budget's floor is absolute; a token's coefficient is of the size of 1 / N."""
+    for name, args in checks.parts(OP)[1].sample_inputs(device, torch.float32):
+        double = tuple(
+            a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+        )
+        truth = reference.forward(*double)
+        for kernel in checks.kernels(OP, device):
+            got = kernel.forward(*args)
+            for i in (2, 3):
+                torch.testing.assert_close(
+                    got[i].double(),
+                    truth[i],
+                    rtol=2e-5,
+                    atol=1e-9,
+                    msg=lambda m, what=f"{kernel.name} {name}": f"{what}: {m}",
+                )
+
+
+def test_opcheck(device):
+    checks.check_opcheck(OP, device)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_same_bits_twice_and_on_any_number_of_threads(device, dtype):
+    checks.check_deterministic(OP, device, dtype)
+
+
+def test_same_bits_on_any_number_of_threads_when_long():
+    batch = Batch([9000, 1, 30000, 700, 12345], dtype=torch.float32)
+    threads = torch.get_num_threads()
+    for name in ("grpo", "gspo"):
+        results = []
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            live = batch.packed(batch.logprob).requires_grad_()
+            out = rlkern.policy_loss(
+                live,
+                batch.packed(batch.old),
+                batch.advantages,
+                cu_seqlens=batch.cu_seqlens,
+                objective=name,
+            )
+            (grad,) = torch.autograd.grad(out.loss, live)
+            results.append((out.loss, grad, torch.stack(list(out.metrics.values()))))
+        torch.set_num_threads(threads)
+        for other in results[1:]:
+            for a, b in zip(results[0], other):
+                assert_same_bits(name, a, b)
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_scalars_reach_the_kernel(scalar):
+    """The stable ABI does not compare C++ parameter types with the schema."""
+    batch = Batch([9, 0, 40, 13], dtype=torch.float32, spread=0.6)
+    tensors = [batch.packed(x) for x in (batch.logprob, batch.old, batch.ref, batch.entropy)]
+    start = SCALARS | {"kl_coef": 0.37, "entropy_coef": 0.21, "want_entropy_grad": True}
+    start |= {"ratio_high": 1.13, "ratio_cap": 1.71, "kl_output_clamp": 5.0}
+    values = {
+        "sequence_level": True,
+        "surrogate": 1,
+        "ratio_low": 0.93,
+        "ratio_high": 1.47,
+        "ratio_cap": 1.29,
+        "log_ratio_clamp": 0.31,
+        "kl_type": 2,
+        "kl_coef": 0.83,
+        "kl_input_clamp": 0.23,
+        "kl_output_clamp": 0.019,
+        "entropy_coef": 0.57,
+        "denominator": 3,
+        "divide_by_length": False,
+        "scale": 0.611,
+        "want_grad": False,
+        "want_entropy_grad": False,
+    }
+
+    def run(function, scalars):
+        live, old, ref, entropy = tensors
+        a = torch.tensor([0.7, 1.0, -1.3, -0.4])
+        args = (live, old, a, batch.cu_seqlens, None, ref, entropy)
+        return function(*args, *scalars.values())
+
+    before = run(torch.ops.rlkern.policy_loss_fwd, start)
+    changed = start | {scalar: values[scalar]}
+    got = run(torch.ops.rlkern.policy_loss_fwd, changed)
+    want = run(reference.forward, changed)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    different = [a.shape != b.shape or not torch.equal(a, b) for a, b in zip(got, before)]
+    assert any(different), f"{scalar} changed nothing"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_masked_slots_may_hold_anything(device, name):
+    batch = Batch([5, 0, 9, 1], columns=11, dtype=torch.float32)
+    clean = None
+    objective = preset(name, kl_coef=0.1, entropy_coef=0.1)
+    per_token = batch.advantages[:, None].repeat(1, 11)
+    for junk in (0.0, float("nan"), float("inf"), float("-inf"), 1e30):
+        tensors = (batch.logprob, batch.old, per_token, batch.ref, batch.entropy)
+        live, old, a, ref, entropy = (torch.where(batch.mask, x, junk).to(device) for x in tensors)
+        live.requires_grad_(), entropy.requires_grad_()
+        out = rlkern.policy_loss(
+            live,
+            old,
+            a,
+            mask=batch.mask.to(device),
+            objective=objective,
+            ref_logprob=ref,
+            entropy=entropy,
+        )
+        grads = torch.autograd.grad(out.loss, (live, entropy))
+        for grad in grads:
+            assert (grad.cpu()[~batch.mask] == 0).all()
+        result = (out.loss, *grads, torch.stack(list(out.metrics.values())))
+        clean = clean or result
+        for a_result, b_result in zip(result, clean):
+            assert_same_bits(f"{name} {junk}", a_result.abs(), b_result.abs())
+
+
+def test_advantage_zero_gives_exactly_nothing(device):
+    """Also where the ratio overflows, or a log-prob is not a number."""
+    logprob = torch.tensor([-1.0, 0.0, float("nan"), -3.0])
+    old = torch.tensor([-1e4, -500.0, -1.0, float("-inf")])
+    a = torch.zeros(4)
+    tensors = [x.to(device) for x in (logprob, old, a)]
+    for surrogate in (0, 1):
+        scalars = SCALARS | {
+            "surrogate": surrogate,
+            "ratio_low": float("-inf"),
+            "ratio_high": float("inf"),
+            "ratio_cap": float("inf"),
+            "log_ratio_clamp": float("inf"),
+            "denominator": 1,
+        }
+        for kernel in checks.kernels(OP, device):
+            out = kernel.forward(*tensors, None, None, None, None, *scalars.values())
+            assert out[0] == 0, kernel.name
+            assert (out[2] == 0).all(), kernel.name
+
+
+@pytest.mark.parametrize("where", ["logprob", "old_logprob", "advantages", "ref_logprob"])
+def test_nan_is_not_hidden(device, where):
+    names = ("logprob", "old_logprob", "advantages", "ref_logprob")
+    for surrogate in (0, 1):
+        tensors = {name: torch.full((40,), -0.5 - i).to(device) for i, name in enumerate(names)}
+        tensors[where][7] = float("nan")
+        live, old, a, ref = tensors.values()
+        scalars = SCALARS | {"surrogate": surrogate, "kl_coef": 0.1, "denominator": 1}
+        for kernel in checks.kernels(OP, device):
+            out = kernel.forward(live, old, a, None, None, ref, None, *scalars.values())
+            assert out[0].isnan(), kernel.name
+            # with a detached weight and k3, a NaN in a log-prob reaches g through either
+            assert out[2].isnan().nonzero().tolist() == [[7]], kernel.name
+
+
+def test_bad_offsets_stay_in_bounds(device):
+    """The public function checks them on the CPU; raw callers and other devices do not."""
+    live = torch.randn(50).to(device)
+    for offsets in ([3, 10, 47], [0, 60, 90], [-7, 20, 50], [0, 30, 10, 50], [5, 5], [99, 120]):
+        cu_seqlens = torch.tensor(offsets).to(device)
+        a = torch.ones(len(offsets) - 1).to(device)
+        for kernel in checks.kernels(OP, device):
+            if kernel.name == "reference":
+                continue
+            args = (live, live - 0.01, a, cu_seqlens, None, None, None, *SCALARS.values())
+            grad = kernel.forward(*args)[2].cpu()
+            assert grad.isfinite().all(), kernel.name
+            if offsets == [3, 10, 47]:
+                inside = torch.arange(50).ge(3) & torch.arange(50).lt(47)
+                assert ((grad != 0) == inside).all(), kernel.name
+
+
+# --- meaning ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("per_token", [False, True])
+def test_packed_is_padded(name, per_token):
+    batch, objective = (
+        Batch([5, 0, 33, 1, 0, 17], columns=40, dtype=torch.float32),
+        OBJECTIVES[name],
+    )
+    a = batch.advantages
+    if per_token:
+        a = a[:, None] + 0.1 * torch.randn(batch.logprob.shape)
+    padded, packed = {}, {}
+    for key in ("logprob", "old", "ref", "entropy"):
+        padded[key] = getattr(batch, key).clone()
+        packed[key] = batch.packed(padded[key])
+    results = []
+    for tensors, where, adv in (
+        (padded, {"mask": batch.mask}, a),
+        (packed, {"cu_seqlens": batch.cu_seqlens}, batch.packed(a) if per_token else a),
+    ):
+        live, h = tensors["logprob"].requires_grad_(), tensors["entropy"].requires_grad_()
+        out = rlkern.policy_loss(
+            live,
+            tensors["old"],
+            adv,
+            objective=objective,
+            ref_logprob=tensors["ref"],
+            entropy=h,
+            **where,
+        )
+        grads = torch.autograd.grad(out.loss, (live, h), allow_unused=True)
+        if where.get("mask") is not None:
+            grads = [None if g is None else batch.packed(g) for g in grads]
+        results.append((out.loss, torch.stack(list(out.metrics.values())), *grads))
+    for a_result, b_result in zip(*results):
+        torch.testing.assert_close(a_result, b_result, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", [m for m in LOSS_AGG_MODES if m != "token-sum"])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_micro_batches_add_up(mode, on_device):
+    lengths = [5, 12, 0, 3, 800, 1, 7]
+    batch = Batch(lengths, dtype=torch.float32)
+    objective = PolicyObjective(
+        loss_agg_mode=mode,
+        loss_scale_factor=HORIZON if mode.endswith("norm") else None,
+        kl_coef=0.1,
+        entropy_coef=0.02,
+    )
+    count = sum(lengths) if mode == "token-mean" else sum(n > 0 for n in lengths)
+    normalizer = torch.tensor(float(count)) if on_device else count
+
+    def run(first, last, **options):
+        begin, end = batch.cu_seqlens[first], batch.cu_seqlens[last]
+        live, old, ref, entropy = (
+            batch.packed(x)[begin:end].clone()
+            for x in (batch.logprob, batch.old, batch.ref, batch.entropy)
+        )
+        live.requires_grad_(), entropy.requires_grad_()
+        out = rlkern.policy_loss(
+            live,
+            old,
+            batch.advantages[first:last],
+            cu_seqlens=batch.cu_seqlens[first : last + 1] - begin,
+            objective=objective,
+            ref_logprob=ref,
+            entropy=entropy,
+            **options,
+        )
+        return out.loss, *torch.autograd.grad(out.loss, (live, entropy))
+
+    whole = run(0, 7)
+    parts = [run(a, b, normalizer=normalizer) for a, b in ((0, 2), (2, 3), (3, 5), (5, 7))]
+    torch.testing.assert_close(sum(p[0] for p in parts), whole[0], rtol=1e-6, atol=1e-7)
+    for i in (1, 2):
+        joined = torch.cat([p[i] for p in parts])
+        if on_device:
+            torch.testing.assert_close(joined, whole[i])
+        else:
+            assert_same_bits(f"gradient {i}", joined, whole[i])
+
+
+def test_gspo_gradient_reaches_every_token_alike():
+    batch = Batch([6, 11], dtype=torch.float64)
+    live = batch.packed(batch.logprob).requires_grad_()
+    objective = preset("gspo", epsilon_low=None, epsilon_high=None)
+    out = rlkern.policy_loss(
+        live,
+        batch.packed(batch.old),
+        batch.advantages,
+        cu_seqlens=batch.cu_seqlens,
+        objective=objective,
+    )
+    (grad,) = torch.autograd.grad(out.loss, live)
+    for i, (a, b) in enumerate(zip(batch.cu_seqlens, batch.cu_seqlens[1:])):
+        s = (live[a:b] - batch.packed(batch.old)[a:b]).mean().exp().detach()
+        want = (-batch.advantages[i] * s / (2 * (b - a))).expand(int(b - a))
+        torch.testing.assert_close(grad[a:b], want)
+
+
+def test_metrics():
+    batch = Batch([6, 0, 30, 14], dtype=torch.float64, spread=0.5)
+    objective = preset("dapo", clip_ratio_c=1.6)
+    out = rlkern.policy_loss(
+        batch.logprob,
+        batch.old,
+        batch.advantages,
+        mask=batch.mask,
+        objective=objective,
+        ref_logprob=batch.ref,
+        entropy=batch.entropy,
+    )
+    r = batch.packed((batch.logprob - batch.old).exp())
+    a = batch.packed(batch.advantages[:, None].expand_as(batch.mask))
+    delta = batch.packed(batch.logprob - batch.ref)
+    low, high = (a < 0) & (r < 0.8), (a > 0) & (r > 1.28)
+    want = {
+        "num_tokens": torch.tensor(50.0),
+        "pg_clipfrac": (low | high).double().mean(),
+        "pg_clipfrac_lower": ((a < 0) & (r > 1.6)).double().mean(),
+        "clip_ratio/low_mean": low.double().mean(),
+        "clip_ratio/high_mean": high.double().mean(),
+        "ppo_kl": -r.log().mean(),
+        "ratio_mean": r.mean(),
+        "ratio_min": r.min(),
+        "ratio_max": r.max(),
+        "kl": ((-delta).exp() + delta - 1).mean(),
+        "entropy": batch.packed(batch.entropy).mean(),
+    }
+    assert list(out.metrics) == list(want) == list(op.METRICS)
+    for name, value in want.items():
+        torch.testing.assert_close(out.metrics[name], value.double(), msg=name)
+        assert value != 0, f"{name}: the case does not reach it"
+
+
+def test_kl_near_zero_does_not_cancel(device):
+    """k3 of D = 1e-4 is 5e-9; exp(-D) + D - 1 in float32 has an error of 6e-8."""
+    live = torch.linspace(-3e-4, 3e-4, 4001).to(device)
+    zero = torch.zeros_like(live)
+    want = live.cpu().double().square().mean() / 2
+    scalars = SCALARS | {"kl_coef": 1.0, "denominator": 1}
+    for kernel in checks.kernels(OP, device):
+        if kernel.name == "reference":
+            continue
+        out = kernel.forward(zero + live, zero, zero, None, None, zero, None, *scalars.values())
+        assert out[1][9].item() == pytest.approx(want.item(), rel=1e-4), kernel.name
+
+
+def test_unrequested_gradients_cost_nothing():
+    batch = Batch([4, 6], dtype=torch.float32)
+    args = (batch.logprob, batch.old, batch.advantages)
+    out = rlkern.policy_loss(*args, mask=batch.mask, entropy=batch.entropy)
+    assert not out.loss.requires_grad
+    live = batch.logprob.clone().requires_grad_()
+    out = rlkern.policy_loss(live, *args[1:], mask=batch.mask)
+    assert out.loss.requires_grad
+    assert not any(m.requires_grad for m in out.metrics.values())
+    storage = {m.untyped_storage().data_ptr() for m in out.metrics.values()}
+    assert len(storage) == 1, "metrics are views of one tensor"
+    assert "kl" not in out.metrics
+    assert "entropy" not in out.metrics
+
+
+def test_upstream_scalar_and_second_backward():
+    batch = Batch([4, 6], dtype=torch.float32)
+    live = batch.logprob.clone().requires_grad_()
+    out = rlkern.policy_loss(live, batch.old, batch.advantages, mask=batch.mask)
+    (once,) = torch.autograd.grad(out.loss, live, retain_graph=True)
+    (tripled,) = torch.autograd.grad(-3.0 * out.loss, live)
+    torch.testing.assert_close(tripled, -3 * once)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_computed_in_float32(dtype):
+    batch = Batch([9, 30], dtype=dtype)
+    live = batch.logprob.clone().requires_grad_()
+    out = rlkern.policy_loss(live, batch.old, batch.advantages, mask=batch.mask)
+    (grad,) = torch.autograd.grad(out.loss, live)
+    wide = batch.logprob.float().requires_grad_()
+    args = (batch.old.float(), batch.advantages.float())
+    want = rlkern.policy_loss(wide, *args, mask=batch.mask)
+    (want_grad,) = torch.autograd.grad(want.loss, wide)
+    assert out.loss.dtype == torch.float32
+    assert_same_bits("loss", out.loss, want.loss)
+    assert_same_bits("gradient", grad, want_grad.to(dtype))
+
+
+def test_strided_inputs():
+    batch = Batch([4, 6, 3], dtype=torch.float32)
+    want = rlkern.policy_loss(batch.logprob, batch.old, batch.advantages, mask=batch.mask)
+    spread = [x.T.contiguous().T for x in (batch.logprob, batch.old, batch.mask)]
+    a = batch.advantages.repeat_interleave(2)[::2]
+    got = rlkern.policy_loss(spread[0], spread[1], a, mask=spread[2])
+    assert_same_bits("loss", got.loss, want.loss)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_a_sequence_of_128k_tokens_and_many_short_ones(name):
+    for lengths in ([131072, 3], [1] * 70_000):
+        batch = Batch(lengths, dtype=torch.float32) if len(lengths) < 9 else None
+        tokens = sum(lengths)
+        live = torch.randn(tokens) if batch is None else batch.packed(batch.logprob)
+        old = live + 0.01 * torch.randn(tokens)
+        a = torch.randn(len(lengths))
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        results = []
+        for kind in (torch.float32, torch.float64):
+            x = live.to(kind).requires_grad_()
+            # wide bounds: no ratio lies so near to one that rounding decides
+            objective = preset(name, epsilon_low=0.3, epsilon_high=0.3)
+            out = rlkern.policy_loss(
+                x, old.to(kind), a.to(kind), cu_seqlens=cu_seqlens, objective=objective
+            )
+            results.append((out.loss, *torch.autograd.grad(out.loss, x)))
+        for got, want in zip(*results):
+            torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo"])
+def test_compiles_whole(name):
+    batch = Batch([5, 0, 9], dtype=torch.float32)
+
+    def loss(live, old, a, cu_seqlens):
+        out = rlkern.policy_loss(live, old, a, cu_seqlens=cu_seqlens, objective=name)
+        return 2 * out.loss + 0 * out.metrics["ratio_mean"]
+
+    live = batch.packed(batch.logprob).requires_grad_()
+    args = (batch.packed(batch.old), batch.advantages, batch.cu_seqlens)
+    (want,) = torch.autograd.grad(loss(live, *args), live)
+    (got,) = torch.autograd.grad(checks.compiled(loss)(live, *args), live)
+    assert_same_bits("gradient", got, want)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), max_size=9),
+    name=st.sampled_from(sorted(OBJECTIVES)),
+    per_token=st.booleans(),
+    padded=st.booleans(),
+    narrow=st.booleans(),
+    zeros=st.booleans(),
+    spread=st.sampled_from([0.0, 0.1, 2.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_segmentation(lengths, name, per_token, padded, narrow, zeros, spread, seed):
+    random = torch.Generator().manual_seed(seed)
+    rows, tokens = len(lengths), sum(lengths)
+    columns = max(lengths, default=0) + 3
+    shape = (rows, columns) if padded else (tokens,)
+    live = torch.randn(shape, generator=random)
+    old = live + spread * torch.randn(shape, generator=random)
+    ref, entropy = live + 0.3 * torch.randn(shape, generator=random), live.abs()
+    a = torch.randn(shape if per_token else (rows,), generator=random)
+    if zeros:
+        a = a * (torch.rand(a.shape, generator=random) < 0.5)
+    mask = torch.rand(rows, columns, generator=random) < 0.7 if padded else None
+    cu_seqlens = None
+    if not padded:
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        cu_seqlens = cu_seqlens.int() if narrow else cu_seqlens
+    if not padded and per_token and rows == tokens:
+        return  # means one advantage per sequence
+    objective = OBJECTIVES[name]
+    x = live.clone().requires_grad_()
+    out = rlkern.policy_loss(
+        x,
+        old,
+        a,
+        cu_seqlens=cu_seqlens,
+        mask=mask,
+        objective=objective,
+        ref_logprob=ref,
+        entropy=entropy,
+    )
+    (grad,) = torch.autograd.grad(out.loss, x)
+    tensors = (live, old, a, cu_seqlens, mask, ref, entropy)
+    scalars = (*objective.constants, *objective.aggregation, True, False)
+    double = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+    truth, peer = reference.forward(*double, *scalars), reference.forward(*tensors, *scalars)
+    assert_within_budget("loss", out.loss, truth[0], peer[0])
+    assert_within_budget("gradient", grad, truth[2], peer[2])
+    got = torch.stack(list(out.metrics.values()))
+    # a ratio within rounding of a bound may fall on either side: one token
+    slack = 1.01 / max(1, int(truth[1][0]))
+    flags = [op.METRICS.index(m) for m in op.METRICS if "clip" in m]
+    assert (got[flags] - truth[1][flags]).abs().max() <= slack
+    rest = [i for i in range(len(op.METRICS)) if i not in flags]
+    assert_within_budget("metrics", got[rest], truth[1][rest], peer[1][rest])
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+LIVE, ADV = torch.zeros(2, 3), torch.zeros(2)
+FLAT, FLAT_ADV, CU = torch.zeros(5), torch.zeros(2), torch.tensor([0, 2, 5])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logprob": [1.0]}, TypeError, "expected logprob to be a Tensor, got list"),
+        ({"logprob": LIVE.long()}, TypeError, "expected logprob of dtype float32 or"),
+        (
+            {"old_logprob": torch.zeros(2, 4)},
+            ValueError,
+            r"old_logprob of shape \(B, L\) = \(2, 3\)",
+        ),
+        ({"advantages": torch.zeros(7)}, ValueError, r"\(B,\) or \(B, L\) = \(2,\) or \(2, 3\)"),
+        ({"advantages": ADV.int()}, TypeError, "advantages of dtype"),
+        ({"mask": torch.ones(2, 3)}, TypeError, "expected mask of dtype bool, got float32"),
+        ({"mask": torch.ones(3, 2).bool()}, ValueError, r"mask of shape \(B, L\) = \(2, 3\)"),
+        ({"cu_seqlens": CU}, ValueError, r"logprob of shape \(T,\) with cu_seqlens"),
+        ({"old_logprob": LIVE.to("meta")}, ValueError, "old_logprob on cpu like logprob, got meta"),
+        ({"entropy": torch.zeros(2)}, ValueError, r"entropy of shape \(B, L\)"),
+        ({"objective": 3}, TypeError, "objective to be a str or PolicyObjective, got int"),
+        (
+            {"objective": preset("grpo", kl_coef=0.1)},
+            ValueError,
+            r"expected ref_logprob of shape \(2, 3\) with kl_coef=0.1, got None",
+        ),
+        (
+            {"objective": preset("grpo", entropy_coef=0.1)},
+            ValueError,
+            "expected entropy of shape .* with entropy_coef=0.1, got None",
+        ),
+        ({"normalizer": 0}, ValueError, "normalizer to be positive and finite, got 0"),
+        ({"normalizer": torch.ones(1)}, ValueError, r"normalizer of shape \(\) = \(\), got \(1,\)"),
+        (
+            {"normalizer": 4, "objective": preset("ppo", loss_agg_mode="token-sum")},
+            ValueError,
+            "normalizer to be None with loss_agg_mode='token-sum'",
+        ),
+    ],
+)
+def test_bad_padded_input_is_refused_in_one_sentence(change, error, message):
+    arguments = {"logprob": LIVE, "old_logprob": LIVE, "advantages": ADV} | change
+    positional = [arguments.pop(n) for n in ("logprob", "old_logprob", "advantages")]
+    with pytest.raises(error, match=f"policy_loss: .*{message}"):
+        rlkern.policy_loss(*positional, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logprob": torch.zeros(1, 2, 3)}, ValueError, "expected"),
+        (
+            {"advantages": torch.zeros(7)},
+            ValueError,
+            r"\(S,\) or \(T,\) = \(2,\) or \(5,\), got \(7,\)",
+        ),
+        ({"mask": torch.ones(5).bool()}, ValueError, "mask to be None with packed log-probs"),
+        ({"cu_seqlens": None}, ValueError, r"cu_seqlens of shape \(S \+ 1,\) with packed"),
+        ({"cu_seqlens": CU.float()}, TypeError, "cu_seqlens of dtype int64 or int32, got float32"),
+        ({"cu_seqlens": CU[None]}, ValueError, "cu_seqlens of shape"),
+        ({"cu_seqlens": CU[:0]}, ValueError, "S >= 0"),
+        (
+            {"cu_seqlens": torch.tensor([0, 2, 4])},
+            ValueError,
+            r"rise from 0 to T = 5, got \[0, 2, 4\]",
+        ),
+        ({"cu_seqlens": torch.tensor([1, 2, 5])}, ValueError, "rise from 0 to T = 5"),
+        ({"cu_seqlens": torch.tensor([0, 7, 5])}, ValueError, "rise from 0 to T = 5"),
+        (
+            {"cu_seqlens": None, "objective": "ppo"},
+            ValueError,
+            r"advantages of shape \(T,\) \(no cu_seqlens\) = \(5,\), got \(2,\)",
+        ),
+        ({"objective": "grop"}, ValueError, "cispo, dapo, dr_grpo, grpo, gspo, ppo, got 'grop'"),
+        (
+            {"objective": "dr_grpo"},
+            ValueError,
+            "loss_scale_factor with .*maximum completion length",
+        ),
+    ],
+)
+def test_bad_packed_input_is_refused_in_one_sentence(change, error, message):
+    arguments = {"logprob": FLAT, "old_logprob": FLAT, "advantages": FLAT_ADV, "cu_seqlens": CU}
+    arguments |= change
+    positional = [arguments.pop(n) for n in ("logprob", "old_logprob", "advantages")]
+    with pytest.raises(error, match=f"(policy_loss|PolicyObjective): .*{message}"):
+        rlkern.policy_loss(*positional, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"importance_sampling_level": "word"}, ValueError, "one of sequence, token, got 'word'"),
+        ({"surrogate": "sapo"}, ValueError, "one of clip, detached"),
+        ({"kl_type": "k4"}, ValueError, "one of k1, k2, k3"),
+        ({"loss_agg_mode": "mean"}, ValueError, "one of seq-mean-token-mean"),
+        ({"epsilon_low": -0.1}, ValueError, "epsilon_low to be at least 0 and finite, got -0.1"),
+        ({"epsilon_high": "0.2"}, TypeError, "epsilon_high to be a number, got str"),
+        ({"kl_coef": float("nan")}, ValueError, "kl_coef to be at least 0"),
+        ({"clip_ratio_c": 1.0}, ValueError, "clip_ratio_c to be above 1"),
+        ({"clip_ratio_c": 3.0, "delta": 2.0}, ValueError, "delta to be None with clip_ratio_c"),
+        ({"surrogate": "detached", "delta": 2.0}, ValueError, "where no loss is clipped"),
+        ({"cispo_max_ratio": 5.0}, ValueError, "whose upper bound is 1 \\+ epsilon_high"),
+        (
+            {"surrogate": "detached", "cispo_max_ratio": 5.0},
+            ValueError,
+            "both bound the ratio from above",
+        ),
+        ({"loss_scale_factor": 9.0}, ValueError, "which ignores it"),
+        ({"loss_agg_mode": "seq-mean-token-sum-norm"}, ValueError, "loss_scale_factor with"),
+        ({"count_empty": True}, ValueError, "it counts tokens"),
+        ({"log_ratio_clamp": 0.0}, ValueError, "log_ratio_clamp to be positive"),
+    ],
+)
+def test_impossible_objectives_are_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        PolicyObjective(**fields)
+
+
+def test_presets():
+    assert preset("grpo", beta=0.04) == preset("grpo", kl_coef=0.04)
+    with pytest.raises(ValueError, match="two names of one number"):
+        preset("grpo", beta=0.04, kl_coef=0.1)
+    with pytest.raises(TypeError, match="no field epsilon; the fields are importance_sampling"):
+        preset("grpo", epsilon=0.1)
+    assert preset("dapo") == PolicyObjective(epsilon_high=0.28)
+    assert preset("gspo").constants[:4] == (True, 0, 1 - 3e-4, 1 + 4e-4)
+    assert preset("cispo").constants[1:4] == (1, -math.inf, 5.0)
+    assert hash(preset("ppo")) == hash(PolicyObjective())
+    changed = replace(preset("ppo"), clip_ratio_c=2.5)
+    assert changed.constants[4] == 2.5
+    # TRL's delta: the tighter bound for A > 0, the looser for A < 0
+    assert preset("ppo", delta=1.1).constants[3:5] == (1.1, 1.2)
+    assert preset("ppo", delta=4.0).constants[3:5] == (1.2, 4.0)
+
+
+# --- C++ ----------------------------------------------------------------------------------------
+
+
+def test_maths_header_against_double(tmp_path):
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    binary = tmp_path / "test_policy_math"
+    source = ROOT / "tests/csrc/test_policy_math.cpp"
+    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc/include'}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(binary)], check=True)
+    run = subprocess.run([str(binary)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
