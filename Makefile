@@ -46,7 +46,7 @@ fmt: setup
 	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: setup
-	$(PY) -m pytest bench --benchmark-enable $(ARGS)
+	$(PY) -m pytest bench --benchmark-enable --bench-results bench/results $(ARGS)
 	$(PY) -m bench.report
 
 docs: setup

@@ -5,12 +5,9 @@
 An op whose tests are red is not timed.
 """
 
-import importlib
-import importlib.util
 import io
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -18,9 +15,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from bench import harness
+from bench.machine import machine
 
 ROOT = Path(__file__).parents[1]
 _MEASURED: dict[tuple, harness.Measured] = {}
@@ -146,7 +143,7 @@ def _tests_of(op: str, config) -> str:
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.clear()
-    machine_info |= _machine(config)
+    machine_info |= machine(config.getoption("bench_machine"))
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
@@ -191,45 +188,3 @@ def _command(config) -> str:
             continue
         kept.append(os.path.relpath(arg, ROOT) if os.path.isabs(arg) else arg)
     return "python -m pytest " + " ".join(kept)
-
-
-def _machine(config) -> dict:
-    cuda = torch.cuda.is_available()
-    cpu = _cpu_model()
-    gpu = torch.cuda.get_device_name() if cuda else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "name": config.getoption("bench_machine") or _short_name(cpu, cores, gpu),
-        "cpu": cpu,
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "gpu": gpu,
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "machine": platform.machine(),
-    }
-
-
-def _short_name(cpu: str, cores: int, gpu: str | None) -> str:
-    """h200, rtx-4090; cpu-epyc-2c."""
-    if gpu:
-        words = re.sub(r"NVIDIA|GeForce|Tesla|\(.*?\)", "", gpu).split()
-        return "-".join(words).lower()
-    known = re.search(r"epyc|xeon|ryzen|threadripper|core|ultra|graviton|neoverse|m\d", cpu.lower())
-    return f"cpu-{known[0] if known else platform.machine()}-{cores}c"
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    if importlib.util.find_spec(package) is None:
-        return None
-    return importlib.import_module(package).__version__

@@ -4,6 +4,7 @@
     python -m bench.report --check    # exit 1 if a table is not what the JSON says
 
 A table stands between `<!-- bench:begin OP -->` and `<!-- bench:end -->`; what is between is ours.
+OP is also the name of another file there, such as `error_table`.
 Times are medians of rounds in which all variants took turns, given as multiples of the limit and
 of rlkern; absolute times are shown for a named GPU alone.
 """
@@ -13,7 +14,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,8 +49,7 @@ class Result(NamedTuple):
     path: Path
     op: str
     machine: dict
-    command: str
-    commit: str
+    saved: dict
     rows: list[Row]
 
 
@@ -75,39 +74,61 @@ def load(path: Path) -> Result:
                 sizes=info.get("sizes"),
             )
         )
-    commit = (saved["commit_info"].get("id") or "")[:9]
-    if commit and saved["commit_info"].get("dirty"):
-        commit += " with changes"
-    return Result(path, path.stem, saved["machine_info"], saved["command"], commit, rows)
+    return Result(path, path.stem, saved["machine_info"], saved, rows)
 
 
-def results(op: str) -> Iterator[Result]:
-    for path in sorted(RESULTS.glob(f"*/{op}.json")):
-        yield load(path)
-
-
-def markdown(op: str, document: Path) -> str:
-    """The text between the markers of `op` in `document`."""
-    parts = [_section(result, document) for result in results(op)]
+def markdown(name: str, document: Path) -> str:
+    """The text between the markers of `name` in `document`: one part a machine."""
+    parts = []
+    for path in sorted(RESULTS.glob(f"*/{name}.json")):
+        saved = json.loads(path.read_text())
+        if "benchmarks" in saved:
+            parts.append(_section(load(path), document))
+        elif saved.get("kind") == "errors":
+            parts.append(_errors(path, saved, document))
+        else:
+            raise SystemExit(f"{path.relative_to(ROOT)}: no table is known for such a result")
     return "\n".join(parts) if parts else "Not measured yet.\n"
 
 
-def _section(result: Result, document: Path) -> str:
-    machine, folder = result.machine, document.parent
-    link = os.path.relpath(result.path, folder)
+def _errors(path: Path, saved: dict, document: Path) -> str:
+    """Mean and largest absolute errors, of each variant on each kind of rows."""
+    columns = [key for key in saved["rows"][0] if key not in ("rows", "dtype", "variant")]
+    head = ["rows", "dtype", "variant", *(key.replace("_", ", ") for key in columns)]
+    lines = [_source(path, saved, document), "", *_head(head)]
+    for row in saved["rows"]:
+        variant = f"**{OURS}**" if row["variant"] == OURS else row["variant"]
+        cells = [row["rows"], row["dtype"], variant, *(f"{row[key]:.1e}" for key in columns)]
+        lines.append(_line(cells))
+    sizes = ", ".join(f"{key} {value}" for key, value in saved["shape"].items())
+    return "\n".join([*lines, "", f"Shape: {sizes}.", ""])
+
+
+def _source(path: Path, saved: dict, document: Path) -> str:
+    """Which machine, versions, commit and command; a link to the JSON."""
+    machine = saved["machine_info"]
     built = f"torch {machine['torch']}"
     if machine["gpu"]:
         where = f"{machine['gpu']}, {built}, CUDA {machine['cuda']}, triton {machine['triton']}"
     else:
         where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {built}"
-    lines = [
-        f"**{machine['name']}** ({where}"
-        + (f"; commit {result.commit}" if result.commit else "")
-        + f"). From [{result.path.name}]({link}): `{result.command}`.",
-        "",
-        *_table(result),
-        "",
-    ]
+    commit = saved.get("commit_info") or {}
+    if commit.get("id"):
+        where += f"; commit {commit['id'][:9]}" + " with changes" * bool(commit.get("dirty"))
+    link = os.path.relpath(path, document.parent)
+    return f"**{machine['name']}** ({where}). From [{path.name}]({link}): `{saved['command']}`."
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _head(cells: list[str]) -> list[str]:
+    return [_line(cells), "|---" * len(cells) + "|"]
+
+
+def _section(result: Result, document: Path) -> str:
+    lines = [_source(result.path, result.saved, document), "", *_table(result), ""]
     sizes = {r.shape: r.sizes for r in result.rows if r.sizes}
     if sizes:
         named = (f"{s}: " + ", ".join(f"{k} {v}" for k, v in d.items()) for s, d in sizes.items())
@@ -116,8 +137,8 @@ def _section(result: Result, document: Path) -> str:
         lines += ["Ratios are withheld where the op's tests were not run before the bench.", ""]
     image = _image(result)
     if image.exists():
-        alt = f"{result.op} on {machine['name']}: time over the limit"
-        lines += [f"![{alt}]({os.path.relpath(image, folder)})", ""]
+        alt = f"{result.op} on {result.machine['name']}: time over the limit"
+        lines += [f"![{alt}]({os.path.relpath(image, document.parent)})", ""]
     return "\n".join(lines)
 
 
@@ -126,7 +147,7 @@ def _table(result: Result) -> list[str]:
     memory = any(r.peak_bytes is not None for r in result.rows)
     head = ["shape", "dtype", "pass", "variant", "time / limit", "time / rlkern", "spread"]
     head += ["ms"] * gpu + ["extra memory"] * memory
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = _head(head)
     ours = {r.case: r for r in result.rows if r.variant == OURS}
     for r in result.rows:
         base = ours.get(r.case)
@@ -144,7 +165,7 @@ def _table(result: Result) -> list[str]:
         ]
         cells += [f"{r.seconds * 1e3:.3g}"] * gpu
         cells += [_mebibytes(r.peak_bytes)] * memory
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(_line(cells))
     return lines
 
 
@@ -190,7 +211,7 @@ def plot(result: Result) -> None:
     for axis, case in zip(axes[:, 0], cases):
         mine = [r for r in rows if r.case == case]
         widths = [r.seconds / r.limit_seconds for r in mine]
-        colours = ["#c2410c" if r.variant == OURS else "#94a3b8" for r in mine]
+        colours = ["#c2410c" if r.variant.startswith(OURS) else "#94a3b8" for r in mine]
         bars = axis.barh([r.variant for r in mine], widths, color=colours)
         axis.bar_label(bars, [_ratio(w, 1.0, True) for w in widths], padding=3, fontsize=8)
         axis.axvline(1.0, color="#334155", linewidth=0.8)
@@ -214,7 +235,8 @@ def main() -> int:
     check = parser.parse_args().check
     if not check:
         for path in sorted(RESULTS.glob("*/*.json")):
-            plot(load(path))
+            if "benchmarks" in json.loads(path.read_text()):
+                plot(load(path))
     stale = []
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         before = document.read_text() if document.exists() else ""

@@ -91,6 +91,17 @@ def test_no_ratio_without_green_tests(rendered, tmp_path):
     assert not (tmp_path / "docs/images/box-some_op.svg").exists()
 
 
+def test_a_table_of_errors(rendered):
+    errors = {"rows": "flat", "dtype": "bfloat16", "logprob_mean": 1.25e-7, "logprob_max": 2e-6}
+    result = saved() | {"kind": "errors", "shape": {"tokens": 3}}
+    result["rows"] = [errors | {"variant": "rlkern"}]
+    del result["benchmarks"], result["commit_info"]
+    text = rendered(result)
+    assert "| rows | dtype | variant | logprob, mean | logprob, max |" in text
+    assert "| flat | bfloat16 | **rlkern** | 1.2e-07 | 2.0e-06 |" in text
+    assert "Shape: tokens 3." in text
+
+
 def test_the_clock_replays_and_then_runs():
     clock = harness.Clock()
     clock.pending.extend([0.5, 0.25])

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <bit>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -41,7 +40,10 @@ struct Partial {
 
 RLK_HD i32x16 load_counts(const int32_t* p, int64_t left) {
   i32x16 counts{};
-  std::memcpy(&counts, p, sizeof(int32_t) * std::min<int64_t>(left, kLanes));
+  if (left >= kLanes)
+    std::memcpy(&counts, p, sizeof counts);
+  else
+    for (int64_t i = 0; i < left; ++i) counts[i] = p[i];
   return counts;
 }
 
@@ -58,9 +60,10 @@ RLK_HD void store_upto(float* p, f32x16 x, int64_t left) {
     store_partial(p, x, left);
 }
 
+// kAll: none is masked. left: tokens from i on; a constant where the loop is over whole vectors.
 template <bool kAll>
-RLK_HD void sixteen(const PolicyParams& p, const Tokens& t, int64_t i, PolicyStats<f32x16>& stats) {
-  const int64_t left = kAll ? kLanes : t.count - i;
+RLK_HD void sixteen(const PolicyParams& p, const Tokens& t, int64_t i, int64_t left,
+                    PolicyStats<f32x16>& stats) {
   const i32x16 counts = kAll ? i32x16{} - 1 : load_counts(t.counts + i, left);
   const f32x16 one = (f32x16)((i32x16)splat(1.0f) & counts);
   PolicyInput<f32x16> in{};
@@ -79,10 +82,11 @@ RLK_HD void sixteen(const PolicyParams& p, const Tokens& t, int64_t i, PolicySta
 
 RLK_MULTIVERSION void run_tokens(const PolicyParams& p, const Tokens& t, Partial& out) {
   PolicyStats<f32x16> stats;
-  if (t.counts)
-    for (int64_t i = 0; i < t.count; i += kLanes) sixteen<false>(p, t, i, stats);
-  else
-    for (int64_t i = 0; i < t.count; i += kLanes) sixteen<true>(p, t, i, stats);
+  int64_t i = 0;
+  if (!t.counts)
+    for (; i < t.count; i += kLanes) sixteen<true>(p, t, i, kLanes, stats);
+  for (; i + kLanes <= t.count; i += kLanes) sixteen<false>(p, t, i, kLanes, stats);
+  if (i < t.count) sixteen<false>(p, t, i, t.count - i, stats);
   for (int k = 0; k < kNumPolicySums; ++k) out.sum[k] = reduce_add(stats.sum[k]);
   out.least = stats.least[0];
   out.most = stats.most[0];
@@ -102,7 +106,7 @@ int64_t count_tokens(const bool* mask, int64_t count) {
   int64_t total = 0, i = 0;
   for (uint64_t eight; i + 8 <= count; i += 8) {
     std::memcpy(&eight, mask + i, 8);
-    total += std::popcount(eight);
+    total += eight * 0x0101010101010101u >> 56;  // the sum of eight bytes of 0 or 1
   }
   for (; i < count; ++i) total += mask[i];
   return total;
@@ -115,10 +119,17 @@ RLK_MULTIVERSION void spread(const bool* mask, int64_t count, int32_t* out) {
 RLK_MULTIVERSION float sum_log_ratio(const float* logprob, const float* old_logprob,
                                      const int32_t* counts, int64_t count) {
   f32x16 sum{};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int64_t left = count - i;
-    const i32x16 lanes = counts ? load_counts(counts + i, left) : i32x16{} - 1;
-    sum += load_counting(logprob + i, left, lanes) - load_counting(old_logprob + i, left, lanes);
+  const auto all = i32x16{} - 1;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const i32x16 lanes = counts ? load_counts(counts + i, kLanes) : all;
+    sum +=
+        load_counting(logprob + i, kLanes, lanes) - load_counting(old_logprob + i, kLanes, lanes);
+  }
+  if (i < count) {
+    const i32x16 lanes = counts ? load_counts(counts + i, count - i) : all;
+    sum += load_counting(logprob + i, count - i, lanes) -
+           load_counting(old_logprob + i, count - i, lanes);
   }
   return reduce_add(sum);
 }

@@ -1,9 +1,11 @@
 """Unknown keys and impossible values are refused by name."""
 
+from pathlib import Path
+
 import pytest
 
 from rlkern.train import TrainError, cli
-from rlkern.train.config import find_recipe, load_config
+from rlkern.train.config import find_recipe, known_keys, load_config
 
 BAD = [
     ({"optim.lrr": "1"}, "optim.lrr is not a setting; did you mean optim.lr?"),
@@ -78,3 +80,10 @@ def test_dry_run_shows_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert "857,984 parameters" in out
     assert "32 x 16 = 512 sequences, at most 3,072 response tokens" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_setting_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    sections = {key.split(".")[0] for key in known_keys() if "." in key}
+    missing = [key for key in known_keys() if key not in sections and f"`{key}`" not in text]
+    assert missing == []

@@ -122,6 +122,13 @@ def test_resume_from_a_named_checkpoint_drops_the_later_ones(tiny, tmp_path):
     assert metrics(folder)[-1]["step"] == 5
 
 
+def test_resume_with_other_settings_says_so(tiny, tmp_path, capsys):
+    folder = cut(tiny, tmp_path / "run", 8)
+    assert cli.main(["--resume", str(folder), "--optim.lr", "1e-4"]) == 0
+    assert "NOTE resumed with other settings in: optim\n" in capsys.readouterr().out
+    assert metrics(folder)[-2]["lr"] == pytest.approx(1e-4 / 4)
+
+
 def test_resume_with_a_reference_model(tmp_path):
     changes = {"algorithm__options__kl_coef": 0.1}
     assert cli.main(arguments(tmp_path / "whole", **changes)) == 0
@@ -420,6 +427,12 @@ def test_folders_of_runs(tiny, tmp_path, monkeypatch, capsys):
     del words[at : at + 2]
     assert cli.main(words) == cli.main(words) == 0
     assert sorted(p.name for p in Path("runs").iterdir()) == ["demo-seed0", "demo-seed0-2"]
+
+
+def test_a_prompt_too_long_for_the_model(tmp_path, capsys):
+    assert cli.main(arguments(tmp_path / "run", rollout__max_new_tokens=61)) == 2
+    words = "step 4: NativeEngine.generate: longest prompt + max_new_tokens = 65 tokens, but the"
+    assert words in capsys.readouterr().err
 
 
 def test_low_accuracy_is_exit_code_1(tmp_path, capsys):
