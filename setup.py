@@ -112,13 +112,13 @@ if BUILD_CUDA:
     archs = os.environ.get("RLKERN_CUDA_ARCHS") or default_archs(HOME)
     cuda = cpp_extension.CppExtension(
         "rlkern._C_cuda",
-        sources("csrc/cuda", ".cu"),
+        sources("csrc/cuda", ".cu") + sources("csrc/cuda", ".cpp"),
         include_dirs=[*INCLUDE, str(HOME / "include")],
         # libtorch_cuda is resolved when the library is loaded: a CPU-only torch can still build it.
         library_dirs=[str(HOME / "lib64"), str(HOME / "lib")],
         libraries=["cudart"] + (["torch_cuda"] if torch.version.cuda else []),
         depends=headers(),
-        define_macros=[("RLKERN_CUDA_ARCHS", f'"{archs}"')],
+        define_macros=[("RLKERN_CUDA_ARCHS", re.sub(r"[;, ]+", "_", archs))],
         extra_compile_args={
             "cxx": CXX,
             "nvcc": [

@@ -83,7 +83,7 @@ def _choose(key: str, triton: str | None) -> tuple[str, str]:
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError("RLKERN_BACKEND=triton on CPU needs TRITON_INTERPRET=1")
         return "triton", "RLKERN_BACKEND=triton, interpreted"
-    return "triton", f"default on CUDA; {missing}" if missing else "no CUDA C++ kernel for this op"
+    return "triton", "default on CUDA" if backend == "auto" else missing or "no CUDA C++ kernel"
 
 
 def _lazy(target: str) -> Callable:

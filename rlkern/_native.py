@@ -21,8 +21,8 @@ def path_of(library: str) -> Path | None:
 
 def cuda_archs(path: Path) -> str:
     """The architectures that `_C_cuda` was built for, without loading it (that needs libcuda)."""
-    found = re.search(rb"rlkern_cuda_archs=([0-9a-z;]+)", path.read_bytes())
-    return found[1].decode() if found else "unknown architectures"
+    found = re.search(rb"rlkern_cuda_archs=(\w+);", path.read_bytes())
+    return found[1].decode().replace("_", ", ") if found else "unknown architectures"
 
 
 def _load(library: str) -> str:

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -15,6 +16,22 @@
 #include "vec.h"
 
 namespace rlkern {
+
+// This kernel is made of selects, and GCC takes a select of vectors wider than the registers apart
+// lane by lane: sixteen lanes with AVX-512, eight without.
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+
+template <>
+struct Bits<f32x8> {
+  static RLK_HD i32x8 of(f32x8 x) { return (i32x8)x; }
+  static RLK_HD f32x8 from(i32x8 bits) { return (f32x8)bits; }
+};
+
+RLK_HD float reduce_add(f32x8 x) {
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
 namespace {
 
 using torch::stable::Tensor;
@@ -38,63 +55,93 @@ struct Partial {
   float least, most;
 };
 
-RLK_HD i32x16 load_counts(const int32_t* p, int64_t left) {
-  i32x16 counts{};
-  if (left >= kLanes)
-    std::memcpy(&counts, p, sizeof counts);
+template <class F>
+using Ints = decltype(Bits<F>::of(F{}));
+template <class F>
+constexpr int64_t kWidth = sizeof(F) / sizeof(float);
+
+// Past `left` elements: zeros.
+template <class V, class T>
+RLK_HD V load_upto(const T* p, int64_t left) {
+  V x{};
+  if (left >= kWidth<V>)
+    std::memcpy(&x, p, sizeof x);
   else
-    for (int64_t i = 0; i < left; ++i) counts[i] = p[i];
-  return counts;
+    for (int64_t i = 0; i < left; ++i) x[i] = p[i];
+  return x;
 }
 
 // 0 where the token does not count, whatever lies there
-RLK_HD f32x16 load_counting(const float* p, int64_t left, i32x16 counts) {
-  const f32x16 x = left >= kLanes ? load(p) : load_partial(p, left, 0.0f);
-  return (f32x16)((i32x16)x & counts);
+template <class F>
+RLK_HD F load_counting(const float* p, int64_t left, Ints<F> counts) {
+  return Bits<F>::from(Bits<F>::of(load_upto<F>(p, left)) & counts);
 }
 
-RLK_HD void store_upto(float* p, f32x16 x, int64_t left) {
-  if (left >= kLanes)
-    store(p, x);
+template <class F>
+RLK_HD void store_upto(float* p, F x, int64_t left) {
+  if (left >= kWidth<F>)
+    std::memcpy(p, &x, sizeof x);
   else
-    store_partial(p, x, left);
+    for (int64_t i = 0; i < left; ++i) p[i] = x[i];
 }
 
-// kAll: none is masked. left: tokens from i on; a constant where the loop is over whole vectors.
-template <bool kAll>
-RLK_HD void sixteen(const PolicyParams& p, const Tokens& t, int64_t i, int64_t left,
-                    PolicyStats<f32x16>& stats) {
-  const i32x16 counts = kAll ? i32x16{} - 1 : load_counts(t.counts + i, left);
-  const f32x16 one = (f32x16)((i32x16)splat(1.0f) & counts);
-  PolicyInput<f32x16> in{};
-  in.logprob = load_counting(t.logprob + i, left, counts);
-  in.old_logprob = load_counting(t.old_logprob + i, left, counts);
-  in.advantage = load_counting(t.advantage + i, left, counts);
-  in.weight = load_counting(t.weight + i, left, counts);
+// A vector of tokens. kAll: none is masked. left: the tokens from i on; a constant where the loop
+// is over whole vectors.
+template <bool kAll, class F>
+RLK_HD void some_tokens(const PolicyParams& p, const Tokens& t, int64_t i, int64_t left,
+                        PolicyStats<F>& stats) {
+  const Ints<F> counts = kAll ? Ints<F>{} - 1 : load_upto<Ints<F>>(t.counts + i, left);
+  const F one = Bits<F>::from(Bits<F>::of(F{} + 1.0f) & counts);
+  PolicyInput<F> in{};
+  in.logprob = load_counting<F>(t.logprob + i, left, counts);
+  in.old_logprob = load_counting<F>(t.old_logprob + i, left, counts);
+  in.advantage = load_counting<F>(t.advantage + i, left, counts);
+  in.weight = load_counting<F>(t.weight + i, left, counts);
   in.log_ratio =
-      t.log_ratio ? load_counting(t.log_ratio + i, left, counts) : in.logprob - in.old_logprob;
-  if (t.ref_logprob) in.ref_logprob = load_counting(t.ref_logprob + i, left, counts);
-  if (t.entropy) in.entropy = load_counting(t.entropy + i, left, counts);
-  const f32x16 grad = policy_token(p, in, one, t.ref_logprob, t.entropy, stats);
-  if (t.grad) store_upto(t.grad + i, grad, left);
-  if (t.grad_entropy) store_upto(t.grad_entropy + i, -p.entropy_coef * in.weight, left);
+      t.log_ratio ? load_counting<F>(t.log_ratio + i, left, counts) : in.logprob - in.old_logprob;
+  if (t.ref_logprob) in.ref_logprob = load_counting<F>(t.ref_logprob + i, left, counts);
+  if (t.entropy) in.entropy = load_counting<F>(t.entropy + i, left, counts);
+  const F grad = policy_token(p, in, one, t.ref_logprob, t.entropy, stats);
+  if (t.grad) store_upto<F>(t.grad + i, grad, left);
+  if (t.grad_entropy) store_upto<F>(t.grad_entropy + i, -p.entropy_coef * in.weight, left);
 }
 
-RLK_MULTIVERSION void run_tokens(const PolicyParams& p, const Tokens& t, Partial& out) {
-  PolicyStats<f32x16> stats;
+template <class F>
+RLK_HD void all_tokens(const PolicyParams& p, const Tokens& t, Partial& out) {
+  constexpr int64_t kStep = kWidth<F>;
+  PolicyStats<F> stats;
   int64_t i = 0;
   if (!t.counts)
-    for (; i < t.count; i += kLanes) sixteen<true>(p, t, i, kLanes, stats);
-  for (; i + kLanes <= t.count; i += kLanes) sixteen<false>(p, t, i, kLanes, stats);
-  if (i < t.count) sixteen<false>(p, t, i, t.count - i, stats);
+    for (; i < t.count; i += kStep) some_tokens<true>(p, t, i, kStep, stats);
+  for (; i + kStep <= t.count; i += kStep) some_tokens<false>(p, t, i, kStep, stats);
+  if (i < t.count) some_tokens<false>(p, t, i, t.count - i, stats);
   for (int k = 0; k < kNumPolicySums; ++k) out.sum[k] = reduce_add(stats.sum[k]);
   out.least = stats.least[0];
   out.most = stats.most[0];
-  for (int lane = 1; lane < kLanes; ++lane) {
+  for (int lane = 1; lane < kStep; ++lane) {
     out.least = std::min(out.least, stats.least[lane]);
     out.most = std::max(out.most, stats.most[lane]);
   }
 }
+
+RLK_MULTIVERSION void run_eight(const PolicyParams& p, const Tokens& t, Partial& out) {
+  all_tokens<f32x8>(p, t, out);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target("arch=x86-64-v4"))) void run_sixteen(const PolicyParams& p, const Tokens& t,
+                                                           Partial& out) {
+  all_tokens<f32x16>(p, t, out);
+}
+bool has_sixteen() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512cd");
+}
+const auto run_tokens = has_sixteen() ? run_sixteen : run_eight;
+#else
+const auto run_tokens = run_eight;
+#endif
 
 // Of one sequence: the tokens that count, and the mean of logprob - old_logprob over them.
 struct SequenceStats {
@@ -118,18 +165,19 @@ RLK_MULTIVERSION void spread(const bool* mask, int64_t count, int32_t* out) {
 
 RLK_MULTIVERSION float sum_log_ratio(const float* logprob, const float* old_logprob,
                                      const int32_t* counts, int64_t count) {
-  f32x16 sum{};
-  const auto all = i32x16{} - 1;
+  constexpr int64_t kStep = kWidth<f32x8>;
+  const i32x8 all = i32x8{} - 1;
+  f32x8 sum{};
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const i32x16 lanes = counts ? load_counts(counts + i, kLanes) : all;
-    sum +=
-        load_counting(logprob + i, kLanes, lanes) - load_counting(old_logprob + i, kLanes, lanes);
+  for (; i + kStep <= count; i += kStep) {
+    const i32x8 lanes = counts ? load_upto<i32x8>(counts + i, kStep) : all;
+    sum += load_counting<f32x8>(logprob + i, kStep, lanes) -
+           load_counting<f32x8>(old_logprob + i, kStep, lanes);
   }
   if (i < count) {
-    const i32x16 lanes = counts ? load_counts(counts + i, count - i) : all;
-    sum += load_counting(logprob + i, count - i, lanes) -
-           load_counting(old_logprob + i, count - i, lanes);
+    const i32x8 lanes = counts ? load_upto<i32x8>(counts + i, count - i) : all;
+    sum += load_counting<f32x8>(logprob + i, count - i, lanes) -
+           load_counting<f32x8>(old_logprob + i, count - i, lanes);
   }
   return reduce_add(sum);
 }
