@@ -7,6 +7,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 
+# Threads that spin while they wait slow a shared machine down several times over.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 VENV := .venv
 PY := $(VENV)/bin/python
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')

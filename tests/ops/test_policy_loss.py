@@ -1,8 +1,10 @@
 """The policy loss: formulas, kernels, oracles restated from verl and TRL, contracts."""
 
 import math
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -401,6 +403,17 @@ def test_small_gradients_are_as_exact_as_large_ones(device):
                     atol=1e-9,
                     msg=lambda m, what=f"{kernel.name} {name}": f"{what}: {m}",
                 )
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_every_instruction_set_is_as_exact(isa):
+    """The lanes that this CPU would not choose; a set that it lacks falls to the next."""
+    test = f"{__file__}::test_every_kernel_is_within_the_budget"
+    env = os.environ | {"RLKERN_CPU_ISA": isa, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pytest", test, "-k", "cpu", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stdout[-2000:]
+    assert "3 passed" in run.stdout
 
 
 def test_opcheck(device):
