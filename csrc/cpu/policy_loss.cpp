@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "check.h"
+#include "matmul.h"
 #include "vec.h"
 
 namespace rlkern {
@@ -133,12 +134,7 @@ __attribute__((target("arch=x86-64-v4"))) void run_sixteen(const PolicyParams& p
                                                            Partial& out) {
   all_tokens<f32x16>(p, t, out);
 }
-bool has_sixteen() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512cd");
-}
-const auto run_tokens = has_sixteen() ? run_sixteen : run_eight;
+const auto run_tokens = cpu_isa() >= Isa::kAvx512 ? run_sixteen : run_eight;
 #else
 const auto run_tokens = run_eight;
 #endif
