@@ -91,8 +91,8 @@ class WeightRows {
         block_(std::clamp<int64_t>(kWeightBlockBytes / (4 * std::max<int64_t>(units_, 1)),
                                    tile_rows, 128) /
                tile_rows * tile_rows) {
-    const bool same = std::is_same_v<T, float> == std::is_same_v<Unit, float> &&
-                      !std::is_same_v<T, fp16>;
+    const bool same =
+        std::is_same_v<T, float> == std::is_same_v<Unit, float> && !std::is_same_v<T, fp16>;
     in_place_ = same && weight.columns % kPerUnit<Unit> == 0 &&
                 weight.stride % kPerUnit<Unit> == 0 &&
                 reinterpret_cast<uintptr_t>(weight.data) % sizeof(Unit) == 0;
@@ -186,13 +186,13 @@ void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const Tensor
         std::fill_n(all.sum, width, 0.0f);
         std::fill_n(all.dot, width, 0.0f);
         std::fill_n(all.target_logit, width, NAN);
-        rows_of.for_blocks(
-            chunk * chunk_rows, std::min(vocab, (chunk + 1) * chunk_rows),
-            [&](const Unit* w, int64_t stride, int64_t first, int64_t rows) {
-              for (int64_t p = 0; p < panels; ++p)
-                kernels.fold_logits(w, stride, rows, first, packed.get() + p * panel * units, units,
-                                    tokens.at(begin + p * panel), stats_of(chunk, p * panel));
-            });
+        rows_of.for_blocks(chunk * chunk_rows, std::min(vocab, (chunk + 1) * chunk_rows),
+                           [&](const Unit* w, int64_t stride, int64_t first, int64_t rows) {
+                             for (int64_t p = 0; p < panels; ++p)
+                               kernels.fold_logits(
+                                   w, stride, rows, first, packed.get() + p * panel * units, units,
+                                   tokens.at(begin + p * panel), stats_of(chunk, p * panel));
+                           });
       }
     });
     for (int64_t t = begin; t < end; ++t) {
@@ -206,8 +206,7 @@ void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const Tensor
       const int32_t target = tokens.target[t];
       logprob[t] = wanted[t] == ignore_index ? 0.0f : NAN;
       if (target >= 0)
-        logprob[t] =
-            stats.logprob(*stats_of(target / chunk_rows, t - begin).target_logit, inv);
+        logprob[t] = stats.logprob(*stats_of(target / chunk_rows, t - begin).target_logit, inv);
       if (entropy) entropy[t] = stats.entropy();
     }
   }
@@ -278,8 +277,7 @@ void backward_rows(Upstream upstream, const Matrix<T>& hidden, const Matrix<T>& 
       const int64_t panels = round_up(t1 - t0, panel) / panel, columns = panels * panel;
       if (!one_block || v0 == 0) {
         packed = pack_tokens<Unit>(hidden, t0, t1, panel);
-        if (grad_weight)
-          pack_rows<Unit>(hidden, t0, t1, columns / kPer, panel, token_panels.get());
+        if (grad_weight) pack_rows<Unit>(hidden, t0, t1, columns / kPer, panel, token_panels.get());
       }
       // the gradient of this block of logits, in both orders
       parallel(panels, [&](int64_t from, int64_t to) {
@@ -371,10 +369,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
   Tensor entropy = torch::stable::new_empty(hidden, {want_entropy ? count : 0}, kFloat);
   RLK_DISPATCH_FLOAT(hidden, T, {
     with_unit<T>([&](auto unit) {
-      forward_rows<decltype(unit)>(
-          Matrix<T>(hidden), Matrix<T>(weight), targets, row_temperature, temperature, ignore_index,
-          logprob.mutable_data_ptr<float>(), logsumexp.mutable_data_ptr<float>(),
-          want_entropy ? entropy.mutable_data_ptr<float>() : nullptr);
+      forward_rows<decltype(unit)>(Matrix<T>(hidden), Matrix<T>(weight), targets, row_temperature,
+                                   temperature, ignore_index, logprob.mutable_data_ptr<float>(),
+                                   logsumexp.mutable_data_ptr<float>(),
+                                   want_entropy ? entropy.mutable_data_ptr<float>() : nullptr);
     });
   });
   return {logprob, logsumexp, entropy};
@@ -383,15 +381,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
 std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_logprob,
                                     std::optional<Tensor> grad_logsumexp,
                                     std::optional<Tensor> grad_entropy, Tensor hidden,
-                                    Tensor weight, Tensor targets, Tensor logsumexp,
-                                    Tensor entropy, std::optional<Tensor> row_temperature,
-                                    double temperature, int64_t ignore_index, bool need_hidden,
-                                    bool need_weight) {
+                                    Tensor weight, Tensor targets, Tensor logsumexp, Tensor entropy,
+                                    std::optional<Tensor> row_temperature, double temperature,
+                                    int64_t ignore_index, bool need_hidden, bool need_weight) {
   check_inputs(hidden, weight, targets);
-  Tensor grad_hidden = torch::stable::new_empty(
-      hidden, {need_hidden ? hidden.size(0) : 0, hidden.size(1)});
-  Tensor grad_weight = torch::stable::new_empty(
-      hidden, {need_weight ? weight.size(0) : 0, weight.size(1)});
+  Tensor grad_hidden =
+      torch::stable::new_empty(hidden, {need_hidden ? hidden.size(0) : 0, hidden.size(1)});
+  Tensor grad_weight =
+      torch::stable::new_empty(hidden, {need_weight ? weight.size(0) : 0, weight.size(1)});
   const Upstream upstream = {optional_data(grad_logprob), optional_data(grad_logsumexp),
                              optional_data(grad_entropy)};
   RLK_DISPATCH_FLOAT(hidden, T, {

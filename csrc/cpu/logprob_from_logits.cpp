@@ -75,13 +75,13 @@ RLK_HD void row_grad(const T* row, T* grad, int64_t vocab, float inv_temperature
   }
 }
 
-#define RLK_INSTANTIATE(T)                                                                       \
-  RLK_MULTIVERSION SoftmaxStats stats_of(const T* row, int64_t vocab, float inv_temperature) {   \
-    return row_stats(row, vocab, inv_temperature);                                               \
-  }                                                                                              \
-  RLK_MULTIVERSION void grad_of(const T* row, T* grad, int64_t vocab, float inv_temperature,     \
-                                float logsumexp, SoftmaxGrad g) {                                \
-    row_grad(row, grad, vocab, inv_temperature, logsumexp, g);                                   \
+#define RLK_INSTANTIATE(T)                                                                     \
+  RLK_MULTIVERSION SoftmaxStats stats_of(const T* row, int64_t vocab, float inv_temperature) { \
+    return row_stats(row, vocab, inv_temperature);                                             \
+  }                                                                                            \
+  RLK_MULTIVERSION void grad_of(const T* row, T* grad, int64_t vocab, float inv_temperature,   \
+                                float logsumexp, SoftmaxGrad g) {                              \
+    row_grad(row, grad, vocab, inv_temperature, logsumexp, g);                                 \
   }
 RLK_INSTANTIATE(float)
 RLK_INSTANTIATE(bf16)
@@ -137,9 +137,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets,
 }
 
 Tensor backward(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_logsumexp,
-                std::optional<Tensor> grad_entropy, Tensor logits, Tensor targets,
-                Tensor logsumexp, Tensor entropy, std::optional<Tensor> row_temperature,
-                double temperature, int64_t ignore_index) {
+                std::optional<Tensor> grad_entropy, Tensor logits, Tensor targets, Tensor logsumexp,
+                Tensor entropy, std::optional<Tensor> row_temperature, double temperature,
+                int64_t ignore_index) {
   RLK_CHECK_CPU(logits);
   RLK_CHECK_DIM(logits, 2);
   const int64_t num_rows = logits.size(0), vocab = logits.size(1);

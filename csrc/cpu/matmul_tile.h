@@ -20,8 +20,8 @@ RLK_TARGET static inline __attribute__((always_inline)) f32x16 dot(f32x16 acc, f
 }
 
 #if RLK_HAS_BF16_DOT
-RLK_TARGET static inline __attribute__((always_inline)) f32x16 dot(f32x16 acc, Pair a,
-                                                                   const Pair* b) {
+RLK_TARGET static inline
+    __attribute__((always_inline)) f32x16 dot(f32x16 acc, Pair a, const Pair* b) {
   return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(a.bits),
                                   (__m512bh)_mm512_loadu_si512(b));
 }
@@ -85,7 +85,8 @@ RLK_TARGET static void fold_logits(const Unit* weight, int64_t row_stride, int64
         const f32x16 e = exp(d);
         sum += e;
         dotted += e * d;
-        hit = target == static_cast<int32_t>(first_row + row + r) ? load(logits + r * kPanel + t) : hit;
+        hit = target == static_cast<int32_t>(first_row + row + r) ? load(logits + r * kPanel + t)
+                                                                  : hit;
       }
       store(stats.max + t, top);
       store(stats.sum + t, sum);
@@ -95,8 +96,10 @@ RLK_TARGET static void fold_logits(const Unit* weight, int64_t row_stride, int64
   }
 }
 
-RLK_TARGET static inline __attribute__((always_inline)) void store_units(
-    const f32x16 (&z)[kRows], int count, float* by_vocab, int64_t vocab_stride, float* by_token) {
+RLK_TARGET static inline __attribute__((always_inline)) void store_units(const f32x16 (&z)[kRows],
+                                                                         int count, float* by_vocab,
+                                                                         int64_t vocab_stride,
+                                                                         float* by_token) {
   for (int r = 0; r < count; ++r) {
     store(by_vocab + r * vocab_stride, z[r]);
     store(by_token + r * kPanel, z[r]);
@@ -104,8 +107,10 @@ RLK_TARGET static inline __attribute__((always_inline)) void store_units(
 }
 
 // Pairs along the tokens for one product, pairs along the vocabulary for the other.
-RLK_TARGET static inline __attribute__((always_inline)) void store_units(
-    const f32x16 (&z)[kRows], int count, Pair* by_vocab, int64_t vocab_stride, Pair* by_token) {
+RLK_TARGET static inline __attribute__((always_inline)) void store_units(const f32x16 (&z)[kRows],
+                                                                         int count, Pair* by_vocab,
+                                                                         int64_t vocab_stride,
+                                                                         Pair* by_token) {
   for (int r = 0; r < count; r += 2) {
     const i32x16 even = bf16_bits(z[r]), odd = bf16_bits(z[r + 1]);
     const i32x16 pair = (even & 0xFFFF) | (odd << 16);

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "check.h"
-#include "matmul.h"
+#include "isa.h"
 #include "vec.h"
 
 namespace rlkern {

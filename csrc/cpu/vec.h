@@ -2,13 +2,14 @@
 // whatever the clone of RLK_MULTIVERSION is compiled for, with the same order of operations.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "rlkern/math/exp.h"
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 namespace rlkern {
 

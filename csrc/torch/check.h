@@ -9,10 +9,10 @@
 #define RLK_CHECK_CUDA(t) STD_TORCH_CHECK((t).is_cuda(), #t " must be on a CUDA device")
 #define RLK_CHECK_DIM(t, n) \
   STD_TORCH_CHECK((t).dim() == (n), #t " must have ", (n), " dimensions, got ", (t).dim())
-#define RLK_CHECK_SIZE(t, d, n)                                                        \
-  STD_TORCH_CHECK((t).size(d) == (n), #t " must have size ", (n), " in dimension ", d, \
-                  ", got ", (t).size(d))
+#define RLK_CHECK_SIZE(t, d, n)                                                                  \
+  STD_TORCH_CHECK((t).size(d) == (n), #t " must have size ", (n), " in dimension ", d, ", got ", \
+                  (t).size(d))
 #define RLK_CHECK_CONTIGUOUS(t) STD_TORCH_CHECK((t).is_contiguous(), #t " must be contiguous")
-#define RLK_CHECK_DTYPE(t, type)                                                \
-  STD_TORCH_CHECK((t).scalar_type() == torch::headeronly::ScalarType::type, #t \
-                  " must have dtype " #type)
+#define RLK_CHECK_DTYPE(t, type)                                            \
+  STD_TORCH_CHECK((t).scalar_type() == torch::headeronly::ScalarType::type, \
+                  #t " must have dtype " #type)

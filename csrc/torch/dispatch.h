@@ -8,23 +8,23 @@
 #include <torch/headeronly/util/Half.h>
 
 // Runs the body with `using name = float | BFloat16 | Half`.
-#define RLK_DISPATCH_FLOAT(tensor, name, ...)                                             \
-  switch ((tensor).scalar_type()) {                                                       \
-    case torch::headeronly::ScalarType::Float: {                                          \
-      using name = float;                                                                 \
-      __VA_ARGS__;                                                                        \
-      break;                                                                              \
-    }                                                                                     \
-    case torch::headeronly::ScalarType::BFloat16: {                                       \
-      using name = c10::BFloat16;                                                         \
-      __VA_ARGS__;                                                                        \
-      break;                                                                              \
-    }                                                                                     \
-    case torch::headeronly::ScalarType::Half: {                                           \
-      using name = c10::Half;                                                             \
-      __VA_ARGS__;                                                                        \
-      break;                                                                              \
-    }                                                                                     \
-    default:                                                                              \
-      STD_TORCH_CHECK(false, #tensor " must have dtype float32, bfloat16 or float16");    \
+#define RLK_DISPATCH_FLOAT(tensor, name, ...)                                          \
+  switch ((tensor).scalar_type()) {                                                    \
+    case torch::headeronly::ScalarType::Float: {                                       \
+      using name = float;                                                              \
+      __VA_ARGS__;                                                                     \
+      break;                                                                           \
+    }                                                                                  \
+    case torch::headeronly::ScalarType::BFloat16: {                                    \
+      using name = c10::BFloat16;                                                      \
+      __VA_ARGS__;                                                                     \
+      break;                                                                           \
+    }                                                                                  \
+    case torch::headeronly::ScalarType::Half: {                                        \
+      using name = c10::Half;                                                          \
+      __VA_ARGS__;                                                                     \
+      break;                                                                           \
+    }                                                                                  \
+    default:                                                                           \
+      STD_TORCH_CHECK(false, #tensor " must have dtype float32, bfloat16 or float16"); \
   }

@@ -6,8 +6,8 @@
 import torch
 from torch import Tensor
 
-# Units in the last place of an element that ours may be off where torch happens to be exact. Sixteen
-# in float32 cover a sum of 1e5 terms in another order; in 16 bits, one rounding.
+# Units in the last place of an element that ours may be off where torch happens to be exact.
+# Sixteen in float32 cover a sum of 1e5 terms in another order; in 16 bits, one rounding.
 SLACK_ULPS = {torch.float32: 16.0, torch.bfloat16: 1.0, torch.float16: 2.0, torch.float64: 64.0}
 
 

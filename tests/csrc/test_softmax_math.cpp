@@ -1,4 +1,5 @@
-// math/exp.h and math/softmax_stats.h against double. Prints nothing and returns 0 when all is well.
+// math/exp.h and math/softmax_stats.h against double. Prints nothing and returns 0 when all is
+// well.
 #include <cmath>
 #include <cstdio>
 #include <random>
