@@ -1,5 +1,6 @@
 # make train   a language model learns to sort by RL, on this machine
 # make test    every test
+# make test-peers  against TRL, verl and Liger, in a venv of their own
 # Both begin with `make setup`, which does nothing when nothing has changed.
 
 PYTHON ?= python3
@@ -12,10 +13,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 VENV := .venv
 PY := $(VENV)/bin/python
+PEERS := .venv-peers
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup train test test-gpu lint fmt bench docs wheel clean
+.PHONY: setup train test test-gpu test-peers lint fmt bench docs wheel clean
 
 setup: $(VENV)/.built
 
@@ -37,6 +39,18 @@ test: setup
 
 test-gpu: setup
 	$(PY) -m pytest -m gpu $(ARGS)
+
+# Other people's packages, pinned by the extra [peers]. rlkern is the one that `setup` has built in
+# place on the same torch: a .pth file points here.
+$(PEERS)/.installed: pyproject.toml
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" $$($(PEERS)/bin/python -c \
+	  "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['peers'])")
+	$(PEERS)/bin/python -c "import site; open(site.getsitepackages()[0] + '/rlkern.pth', 'w').write('$(CURDIR)')"
+	touch $@
+
+test-peers: setup $(PEERS)/.installed
+	$(PEERS)/bin/python -m pytest tests/peers $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

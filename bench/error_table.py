@@ -2,6 +2,8 @@
 
     python -m bench.error_table
 
+Other packages that are installed add their rows: .venv-peers, which `make test-peers` makes, has
+them all.
 The float64 yardstick starts from the same 16-bit hidden states and weights. Rows of three kinds:
 "flat" (entropy near log V), "typical" (a policy in training) and "peaked" (one token 20 to 40 above
 the rest, as in a converged policy).
@@ -14,8 +16,9 @@ import torch
 from torch import Tensor
 
 import rlkern
-from bench.conftest import machine
 from bench.harness import ROOT
+from bench.machine import machine
+from bench.oracles import linear_peers, versions
 from bench.peers import logprob_entropy
 
 TOKENS, HIDDEN, VOCAB = 256, 896, 65536
@@ -35,10 +38,15 @@ def inputs(kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 def implementations(hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, tuple]:
     ours = rlkern.linear_logprob(hidden, weight, targets, outputs=("logprob", "entropy"))
+    with torch.no_grad():
+        peers = {
+            name: peer.call(hidden, weight, targets, 1.0) for name, peer in linear_peers().items()
+        }
     return {
         "rlkern": (ours.logprob, ours.entropy),
         "torch, float32 logits": logprob_entropy(hidden.float() @ weight.float().T, targets),
         "torch, 16-bit logits": logprob_entropy(hidden @ weight.T, targets),
+        **peers,
     }
 
 
@@ -51,9 +59,10 @@ def main() -> int:
             for name, values in implementations(hidden, weight, targets).items():
                 row = {"rows": kind, "dtype": str(dtype).removeprefix("torch."), "variant": name}
                 for output, got, want in zip(("logprob", "entropy"), values, truth):
-                    error = (got.double() - want).abs()
-                    row[f"{output}_mean"] = error.mean().item()
-                    row[f"{output}_max"] = error.max().item()
+                    # a peer without entropies has None there
+                    error = None if got is None else (got.double() - want).abs()
+                    row[f"{output}_mean"] = None if got is None else error.mean().item()
+                    row[f"{output}_max"] = None if got is None else error.max().item()
                 rows.append(row)
                 print(row)
     info = machine()
@@ -61,6 +70,7 @@ def main() -> int:
     saved = {
         "kind": "errors",
         "machine_info": info,
+        "versions": versions(),
         "command": "python -m bench.error_table",
         "shape": shape,
         "rows": rows,

@@ -86,6 +86,10 @@ def markdown(name: str, document: Path) -> str:
             parts.append(_section(load(path), document))
         elif saved.get("kind") == "errors":
             parts.append(_errors(path, saved, document))
+        elif saved.get("kind") == "parity":
+            parts.append(_parity(path, saved, document))
+        elif saved.get("kind") == "demo":
+            parts.append(_demo(path, saved, document))
         else:
             raise SystemExit(f"{path.relative_to(ROOT)}: no table is known for such a result")
     return "\n".join(parts) if parts else "Not measured yet.\n"
@@ -98,10 +102,50 @@ def _errors(path: Path, saved: dict, document: Path) -> str:
     lines = [_source(path, saved, document), "", *_head(head)]
     for row in saved["rows"]:
         variant = f"**{OURS}**" if row["variant"] == OURS else row["variant"]
-        cells = [row["rows"], row["dtype"], variant, *(f"{row[key]:.1e}" for key in columns)]
+        cells = [row["rows"], row["dtype"], variant, *(_error(row[key]) for key in columns)]
         lines.append(_line(cells))
     sizes = ", ".join(f"{key} {value}" for key, value in saved["shape"].items())
     return "\n".join([*lines, "", f"Shape: {sizes}.", ""])
+
+
+def _parity(path: Path, saved: dict, document: Path) -> str:
+    """How far other people's code and ours are apart: a table an area, then a count."""
+    lines = [_source(path, saved, document), ""]
+    head = ["peer", "case", "rlkern", "value", "gradient", "budget", ""]
+    for area in dict.fromkeys(row["area"] for row in saved["rows"]):
+        lines += [f"### {area.capitalize()}", "", *_head(head)]
+        rows = [row for row in saved["rows"] if row["area"] == area]
+        for row in sorted(rows, key=lambda row: row["peer"]):
+            verdict = "agrees" if row["agrees"] else "**differs**"
+            verdict += f": {row['note']}" * bool(row["note"])
+            budgets = dict.fromkeys(_error(row[key]) for key in ("budget", "gradient_budget"))
+            figures = [_error(row["value"]), _error(row["gradient"]), ", ".join(budgets)]
+            lines.append(_line([row["peer"], row["case"], f"`{row['rlkern']}`", *figures, verdict]))
+        lines.append("")
+    agree = sum(row["agrees"] for row in saved["rows"])
+    return "\n".join([*lines, f"{agree} of {len(saved['rows'])} cells agree.", ""])
+
+
+def _error(value: float | None) -> str:
+    return NO_RATIO if value is None else f"{value:.1e}"
+
+
+def _demo(path: Path, saved: dict, document: Path) -> str:
+    """The demo's runs: held-out accuracy before, on the way and after, and how long it took."""
+    head = ["seed", "greedy after the warm-up", "then every 10 steps", "training", "whole command"]
+    lines = [_source(path, saved, document), "", *_head([*head, "exit"])]
+    for run in saved["runs"]:
+        cells = [
+            f"{run['seed']}{' (null control)' * run['null']}",
+            f"{run['greedy_before']:.1%}",
+            ", ".join(f"{value:.1%}" for value in run["greedy_every_10_steps"][1:]),
+            f"{run['training_seconds']:.0f} s",
+            f"{run['wall_seconds']:.0f} s",
+            str(run["exit_code"]),
+        ]
+        lines.append(_line(cells))
+    load = saved["machine_info"]["load_at_end"][-1]
+    return "\n".join([*lines, "", f"Load average over the last 15 minutes: {load}.", ""])
 
 
 def _source(path: Path, saved: dict, document: Path) -> str:
@@ -112,6 +156,7 @@ def _source(path: Path, saved: dict, document: Path) -> str:
         where = f"{machine['gpu']}, {built}, CUDA {machine['cuda']}, triton {machine['triton']}"
     else:
         where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {built}"
+    where += "".join(f", {name} {number}" for name, number in saved.get("versions", {}).items())
     commit = saved.get("commit_info") or {}
     if commit.get("id"):
         where += f"; commit {commit['id'][:9]}" + " with changes" * bool(commit.get("dirty"))

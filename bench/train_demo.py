@@ -1,12 +1,11 @@
 """The demo on five seeds and its null control, through the command line, into one JSON.
 
-python bench/train_demo.py [output.json] [--threads 2]
+    python -m bench.train_demo            # bench/results/<machine>/demo.json
 """
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,24 +15,30 @@ from pathlib import Path
 import torch
 import transformers
 
+from bench.machine import machine
+
+RESULTS = Path(__file__).parent / "results"
 SEEDS = range(5)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("output", nargs="?", type=Path, default="bench/results/cpu/demo.json")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    runs = []
+    info, runs = machine(), []
     with tempfile.TemporaryDirectory() as folder:
         for seed, null in [*((seed, False) for seed in SEEDS), (0, True)]:
             run = measure(Path(folder) / f"{seed}{null}", seed, null, args.threads)
             runs.append(run)
             print(json.dumps(run), flush=True)
     passed = all(run["passed"] for run in runs)
-    result = {"machine": machine(args.threads), "passed": passed, "runs": runs}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    info |= {"threads": args.threads, "transformers": transformers.__version__}
+    info["load_at_end"] = [round(x, 2) for x in os.getloadavg()]
+    saved = {"kind": "demo", "machine_info": info, "command": "python -m bench.train_demo"}
+    saved |= {"passed": passed, "runs": runs}
+    path = RESULTS / info["name"] / "demo.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(saved, indent=1) + "\n")
     return 0 if passed else 1
 
 
@@ -58,18 +63,6 @@ def measure(folder: Path, seed: int, null: bool, threads: int) -> dict:
         "greedy_after": after,
         "greedy_every_10_steps": curve,
         "passed": done.returncode == 0 and (after <= 0.05 if null else learnt),
-    }
-
-
-def machine(threads: int) -> dict:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_at_end": [round(x, 2) for x in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
 
 

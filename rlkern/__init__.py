@@ -5,6 +5,7 @@ from rlkern.ops.group_advantage import group_advantage
 from rlkern.ops.linear_logprob import linear_logprob
 from rlkern.ops.logprob_from_logits import logprob_from_logits
 from rlkern.ops.policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
+from rlkern.ops.segment_reduce import segment_reduce
 
 __version__ = "0.1.0"
 
@@ -16,4 +17,5 @@ __all__ = [
     "linear_logprob",
     "logprob_from_logits",
     "policy_loss",
+    "segment_reduce",
 ]

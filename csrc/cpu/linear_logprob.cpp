@@ -59,25 +59,27 @@ struct Tokens {
   int64_t count, padded;
   std::unique_ptr<float[]> inv_temperature;
   std::unique_ptr<int32_t[]> target;
+  Softcap softcap;
 
   Tokens(const Tensor& targets, const std::optional<Tensor>& row_temperature, double temperature,
-         int64_t vocab, int64_t ignore_index, int panel)
+         Softcap cap, int64_t vocab, int64_t ignore_index, int panel)
       : count(targets.size(0)),
         padded(round_up(count, panel)),
         inv_temperature(scratch<float>(padded)),
-        target(scratch<int32_t>(padded)) {
+        target(scratch<int32_t>(padded)),
+        softcap(cap) {
     const int64_t* wanted = targets.const_data_ptr<int64_t>();
     const float* rows = row_temperature ? row_temperature->const_data_ptr<float>() : nullptr;
     for (int64_t t = 0; t < padded; ++t) {
       const bool real = t < count;
       const float value = real && rows ? rows[t] : static_cast<float>(temperature);
-      inv_temperature[t] = 1.0f / value;
+      inv_temperature[t] = softcap.inverse(value);
       const bool in_vocab =
           real && wanted[t] >= 0 && wanted[t] < vocab && wanted[t] != ignore_index;
       target[t] = in_vocab ? static_cast<int32_t>(wanted[t]) : -1;
     }
   }
-  TokenInputs at(int64_t t) const { return {inv_temperature.get() + t, target.get() + t}; }
+  TokenInputs at(int64_t t) const { return {inv_temperature.get() + t, target.get() + t, softcap}; }
 };
 
 // The weight's rows as units: in place where they already are, else through a scratch copy.
@@ -144,24 +146,24 @@ std::unique_ptr<Unit[]> pack_tokens(const Matrix<T>& hidden, int64_t begin, int6
 
 // Rows [begin, end) as panels over the hidden size, for products that run over those rows.
 template <class Unit, class T>
-void pack_rows(const Matrix<T>& matrix, int64_t begin, int64_t end, int64_t units, int panel,
-               Unit* packed) {
-  const int64_t panels = round_up(matrix.columns, panel) / panel;
+void pack_rows(const TileKernels<Unit, T>& kernels, const Matrix<T>& matrix, int64_t begin,
+               int64_t end, int64_t units, Unit* packed) {
+  const int64_t panel = kernels.panel, panels = round_up(matrix.columns, panel) / panel;
   parallel(panels, [&](int64_t from, int64_t to) {
     for (int64_t p = from; p < to; ++p)
-      pack_columns<Unit>(matrix.row(begin) + p * panel, matrix.stride, end - begin, units,
-                         matrix.columns - p * panel, panel, packed + p * panel * units);
+      kernels.pack_columns(matrix.row(begin) + p * panel, matrix.stride, end - begin, units,
+                           matrix.columns - p * panel, packed + p * panel * units);
   });
 }
 
 template <class Unit, class T>
 void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const Tensor& targets,
-                  const std::optional<Tensor>& row_temperature, double temperature,
+                  const std::optional<Tensor>& row_temperature, double temperature, Softcap softcap,
                   int64_t ignore_index, float* logprob, float* logsumexp, float* entropy) {
-  const TileKernels<Unit> kernels = tile_kernels<Unit>();
+  const TileKernels<Unit, T> kernels = tile_kernels<Unit, T>();
   const int panel = kernels.panel;
   const int64_t vocab = weight.rows, units = units_of<Unit>(hidden.columns);
-  const Tokens tokens(targets, row_temperature, temperature, vocab, ignore_index, panel);
+  const Tokens tokens(targets, row_temperature, temperature, softcap, vocab, ignore_index, panel);
   const int64_t* wanted = targets.const_data_ptr<int64_t>();
   const int64_t chunk_rows =
       round_up(std::max(kMinChunkRows, (vocab + kMaxChunks - 1) / kMaxChunks), kernels.rows);
@@ -224,12 +226,12 @@ template <class Unit, class T>
 void backward_rows(Upstream upstream, const Matrix<T>& hidden, const Matrix<T>& weight,
                    const Tensor& targets, const float* logsumexp, const float* entropy,
                    const std::optional<Tensor>& row_temperature, double temperature,
-                   int64_t ignore_index, T* grad_hidden, T* grad_weight) {
+                   Softcap softcap, int64_t ignore_index, T* grad_hidden, T* grad_weight) {
   constexpr int64_t kPer = kPerUnit<Unit>;
-  const TileKernels<Unit> kernels = tile_kernels<Unit>();
+  const TileKernels<Unit, T> kernels = tile_kernels<Unit, T>();
   const int panel = kernels.panel;
   const int64_t vocab = weight.rows, depth = hidden.columns, units = units_of<Unit>(depth);
-  const Tokens tokens(targets, row_temperature, temperature, vocab, ignore_index, panel);
+  const Tokens tokens(targets, row_temperature, temperature, softcap, vocab, ignore_index, panel);
   const int64_t* wanted = targets.const_data_ptr<int64_t>();
   const int64_t padded = tokens.padded;
 
@@ -262,22 +264,22 @@ void backward_rows(Upstream upstream, const Matrix<T>& hidden, const Matrix<T>& 
   auto token_panels = grad_weight ? scratch<Unit>(width / kPer * wide) : nullptr;
   auto hidden_sum = grad_hidden ? scratch<float>(padded * wide) : nullptr;
   auto weight_sum = grad_weight ? scratch<float>(grad_rows * wide) : nullptr;
-  if (grad_hidden) std::fill_n(hidden_sum.get(), padded * wide, 0.0f);
+  // an empty vocabulary adds nothing
+  if (grad_hidden && vocab == 0) std::fill_n(hidden_sum.get(), padded * wide, 0.0f);
   std::unique_ptr<Unit[]> packed;
 
   for (int64_t v0 = 0; v0 < vocab; v0 += grad_rows) {
     const int64_t v1 = std::min(vocab, v0 + grad_rows), rows = v1 - v0;
     const int64_t padded_rows = round_up(rows, kernels.rows);
-    if (grad_hidden)
-      pack_rows<Unit>(weight, v0, v1, padded_rows / kPer, panel, weight_panels.get());
-    if (grad_weight) std::fill_n(weight_sum.get(), padded_rows * wide, 0.0f);
+    if (grad_hidden) pack_rows(kernels, weight, v0, v1, padded_rows / kPer, weight_panels.get());
+    if (grad_weight && tokens.count == 0) std::fill_n(weight_sum.get(), padded_rows * wide, 0.0f);
 
     for (int64_t t0 = 0; t0 < tokens.count; t0 += block) {
       const int64_t t1 = std::min(tokens.count, t0 + block);
       const int64_t panels = round_up(t1 - t0, panel) / panel, columns = panels * panel;
       if (!one_block || v0 == 0) {
         packed = pack_tokens<Unit>(hidden, t0, t1, panel);
-        if (grad_weight) pack_rows<Unit>(hidden, t0, t1, columns / kPer, panel, token_panels.get());
+        if (grad_weight) pack_rows(kernels, hidden, t0, t1, columns / kPer, token_panels.get());
       }
       // the gradient of this block of logits, in both orders
       parallel(panels, [&](int64_t from, int64_t to) {
@@ -296,10 +298,10 @@ void backward_rows(Upstream upstream, const Matrix<T>& hidden, const Matrix<T>& 
         parallel(panels * hidden_panels, [&](int64_t from, int64_t to) {
           for (int64_t i = from; i < to; ++i) {
             const int64_t p = i / hidden_panels, h = i % hidden_panels;
-            kernels.accumulate(by_token.get() + p * padded_rows / kPer * panel, 1, panel,
-                               weight_panels.get() + h * padded_rows / kPer * panel,
-                               padded_rows / kPer, panel,
-                               hidden_sum.get() + (t0 + p * panel) * wide + h * panel, wide);
+            kernels.product(by_token.get() + p * padded_rows / kPer * panel, 1, panel,
+                            weight_panels.get() + h * padded_rows / kPer * panel,
+                            padded_rows / kPer, panel,
+                            hidden_sum.get() + (t0 + p * panel) * wide + h * panel, wide, v0 > 0);
           }
         });
       }
@@ -309,10 +311,10 @@ void backward_rows(Upstream upstream, const Matrix<T>& hidden, const Matrix<T>& 
         parallel(hidden_panels * groups, [&](int64_t from, int64_t to) {
           for (int64_t i = from; i < to; ++i) {
             const int64_t h = i / groups, row = i % groups * group;
-            kernels.accumulate(by_vocab.get() + row * columns / kPer, columns / kPer, 1,
-                               token_panels.get() + h * columns / kPer * panel, columns / kPer,
-                               std::min(group, padded_rows - row),
-                               weight_sum.get() + row * wide + h * panel, wide);
+            kernels.product(by_vocab.get() + row * columns / kPer, columns / kPer, 1,
+                            token_panels.get() + h * columns / kPer * panel, columns / kPer,
+                            std::min(group, padded_rows - row),
+                            weight_sum.get() + row * wide + h * panel, wide, t0 > 0);
           }
         });
       }
@@ -320,14 +322,14 @@ void backward_rows(Upstream upstream, const Matrix<T>& hidden, const Matrix<T>& 
     if (grad_weight) {
       parallel(rows, [&](int64_t from, int64_t to) {
         for (int64_t r = from; r < to; ++r)
-          convert_row(weight_sum.get() + r * wide, grad_weight + (v0 + r) * depth, depth);
+          kernels.convert_row(weight_sum.get() + r * wide, grad_weight + (v0 + r) * depth, depth);
       });
     }
   }
   if (grad_hidden) {
     parallel(tokens.count, [&](int64_t from, int64_t to) {
       for (int64_t t = from; t < to; ++t)
-        convert_row(hidden_sum.get() + t * wide, grad_hidden + t * depth, depth);
+        kernels.convert_row(hidden_sum.get() + t * wide, grad_hidden + t * depth, depth);
     });
   }
 }
@@ -359,9 +361,10 @@ void check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& targ
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor targets,
                                            std::optional<Tensor> row_temperature,
-                                           double temperature, int64_t ignore_index,
-                                           bool want_entropy) {
+                                           double temperature, double logit_scale, double cap,
+                                           int64_t ignore_index, bool want_entropy) {
   check_inputs(hidden, weight, targets);
+  const Softcap softcap = {static_cast<float>(logit_scale), static_cast<float>(cap)};
   const int64_t count = hidden.size(0);
   const auto kFloat = torch::headeronly::ScalarType::Float;
   Tensor logprob = torch::stable::new_empty(hidden, {count}, kFloat);
@@ -369,10 +372,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor 
   Tensor entropy = torch::stable::new_empty(hidden, {want_entropy ? count : 0}, kFloat);
   RLK_DISPATCH_FLOAT(hidden, T, {
     with_unit<T>([&](auto unit) {
-      forward_rows<decltype(unit)>(Matrix<T>(hidden), Matrix<T>(weight), targets, row_temperature,
-                                   temperature, ignore_index, logprob.mutable_data_ptr<float>(),
-                                   logsumexp.mutable_data_ptr<float>(),
-                                   want_entropy ? entropy.mutable_data_ptr<float>() : nullptr);
+      forward_rows<decltype(unit)>(
+          Matrix<T>(hidden), Matrix<T>(weight), targets, row_temperature, temperature, softcap,
+          ignore_index, logprob.mutable_data_ptr<float>(), logsumexp.mutable_data_ptr<float>(),
+          want_entropy ? entropy.mutable_data_ptr<float>() : nullptr);
     });
   });
   return {logprob, logsumexp, entropy};
@@ -383,8 +386,10 @@ std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_logprob,
                                     std::optional<Tensor> grad_entropy, Tensor hidden,
                                     Tensor weight, Tensor targets, Tensor logsumexp, Tensor entropy,
                                     std::optional<Tensor> row_temperature, double temperature,
-                                    int64_t ignore_index, bool need_hidden, bool need_weight) {
+                                    double logit_scale, double cap, int64_t ignore_index,
+                                    bool need_hidden, bool need_weight) {
   check_inputs(hidden, weight, targets);
+  const Softcap softcap = {static_cast<float>(logit_scale), static_cast<float>(cap)};
   Tensor grad_hidden =
       torch::stable::new_empty(hidden, {need_hidden ? hidden.size(0) : 0, hidden.size(1)});
   Tensor grad_weight =
@@ -393,11 +398,12 @@ std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_logprob,
                              optional_data(grad_entropy)};
   RLK_DISPATCH_FLOAT(hidden, T, {
     with_unit<T>([&](auto unit) {
-      backward_rows<decltype(unit)>(
-          upstream, Matrix<T>(hidden), Matrix<T>(weight), targets,
-          logsumexp.const_data_ptr<float>(), entropy.const_data_ptr<float>(), row_temperature,
-          temperature, ignore_index, need_hidden ? grad_hidden.mutable_data_ptr<T>() : nullptr,
-          need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr);
+      backward_rows<decltype(unit)>(upstream, Matrix<T>(hidden), Matrix<T>(weight), targets,
+                                    logsumexp.const_data_ptr<float>(),
+                                    entropy.const_data_ptr<float>(), row_temperature, temperature,
+                                    softcap, ignore_index,
+                                    need_hidden ? grad_hidden.mutable_data_ptr<T>() : nullptr,
+                                    need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr);
     });
   });
   return {grad_hidden, grad_weight};

@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "rlkern/math/softcap.h"
 #include "rlkern/math/softmax_stats.h"
 #include "vec.h"
 
@@ -21,16 +22,22 @@ using torch::stable::Tensor;
 // 8 KiB of floats: read for the maximum, then again from L1 for the sums.
 constexpr int64_t kBlock = 2048;
 
-template <class T>
-RLK_HD f32x16 load_upto(const T* p, int64_t left, float fill) {
-  return left >= kLanes ? load(p) : load_partial(p, left, fill);
+// Logits as the softmax sees them; past `left` there are none.
+template <bool kCap, class T>
+RLK_HD f32x16 load_logits(const T* p, int64_t left, Softcap softcap) {
+  f32x16 x = left >= kLanes ? load(p) : load_partial(p, left, -INFINITY);
+  if constexpr (kCap) {
+    x = softcap.apply(x);
+    for (int64_t i = left; i < kLanes; ++i) x[i] = -INFINITY;
+  }
+  return x;
 }
 
-template <class T>
-RLK_HD SoftmaxStats block_stats(const T* row, int64_t count, float inv_temperature) {
+template <bool kCap, class T>
+RLK_HD SoftmaxStats block_stats(const T* row, int64_t count, float inv, Softcap softcap) {
   f32x16 top = splat(-INFINITY);
   for (int64_t j = 0; j < count; j += kLanes)
-    top = vmax(load_upto(row + j, count - j, -INFINITY), top);
+    top = vmax(load_logits<kCap>(row + j, count - j, softcap), top);
   SoftmaxStats stats;
   stats.max = reduce_max(top);
   // All -inf: nothing to add. The sums start from a finite maximum, else -inf - -inf is NaN.
@@ -41,7 +48,7 @@ RLK_HD SoftmaxStats block_stats(const T* row, int64_t count, float inv_temperatu
   }
   f32x16 sum{}, dot{};
   for (int64_t j = 0; j < count; j += kLanes) {
-    f32x16 d = (load_upto(row + j, count - j, -INFINITY) - stats.max) * inv_temperature;
+    f32x16 d = (load_logits<kCap>(row + j, count - j, softcap) - stats.max) * inv;
     d = d < kExpUnderflow ? splat(kExpUnderflow) : d;
     const f32x16 e = exp(d);
     sum += e;
@@ -52,22 +59,22 @@ RLK_HD SoftmaxStats block_stats(const T* row, int64_t count, float inv_temperatu
   return stats;
 }
 
-template <class T>
-RLK_HD SoftmaxStats row_stats(const T* row, int64_t vocab, float inv_temperature) {
+template <bool kCap, class T>
+RLK_HD SoftmaxStats row_stats(const T* row, int64_t vocab, float inv, Softcap softcap) {
   SoftmaxStats stats;
   for (int64_t j = 0; j < vocab; j += kBlock)
-    stats.merge(block_stats(row + j, std::min(kBlock, vocab - j), inv_temperature),
-                inv_temperature);
+    stats.merge(block_stats<kCap>(row + j, std::min(kBlock, vocab - j), inv, softcap), inv);
   return stats;
 }
 
-template <class T>
-RLK_HD void row_grad(const T* row, T* grad, int64_t vocab, float inv_temperature, float logsumexp,
-                     SoftmaxGrad g) {
+template <bool kCap, class T>
+RLK_HD void row_grad(const T* row, T* grad, int64_t vocab, float inv, float logsumexp,
+                     SoftmaxGrad g, Softcap softcap) {
   for (int64_t j = 0; j < vocab; j += kLanes) {
     const int64_t left = vocab - j;
-    const f32x16 log_p = load_upto(row + j, left, -INFINITY) * inv_temperature - logsumexp;
-    const f32x16 d = g.off_target(log_p) * inv_temperature;
+    const f32x16 y = load_logits<kCap>(row + j, left, softcap);
+    f32x16 d = g.off_target(y * inv - logsumexp) * inv;
+    if constexpr (kCap) d *= softcap.slope(y);
     if (left >= kLanes)
       store(grad + j, d);
     else
@@ -75,18 +82,23 @@ RLK_HD void row_grad(const T* row, T* grad, int64_t vocab, float inv_temperature
   }
 }
 
-#define RLK_INSTANTIATE(T)                                                                     \
-  RLK_MULTIVERSION SoftmaxStats stats_of(const T* row, int64_t vocab, float inv_temperature) { \
-    return row_stats(row, vocab, inv_temperature);                                             \
-  }                                                                                            \
-  RLK_MULTIVERSION void grad_of(const T* row, T* grad, int64_t vocab, float inv_temperature,   \
-                                float logsumexp, SoftmaxGrad g) {                              \
-    row_grad(row, grad, vocab, inv_temperature, logsumexp, g);                                 \
+#define RLK_INSTANTIATE(T)                                                                        \
+  RLK_MULTIVERSION SoftmaxStats stats_of(const T* row, int64_t vocab, float inv,                  \
+                                         Softcap softcap) {                                       \
+    return softcap.on() ? row_stats<true>(row, vocab, inv, softcap)                               \
+                        : row_stats<false>(row, vocab, inv, softcap);                             \
+  }                                                                                               \
+  RLK_MULTIVERSION void grad_of(const T* row, T* grad, int64_t vocab, float inv, float logsumexp, \
+                                SoftmaxGrad g, Softcap softcap) {                                 \
+    softcap.on() ? row_grad<true>(row, grad, vocab, inv, logsumexp, g, softcap)                   \
+                 : row_grad<false>(row, grad, vocab, inv, logsumexp, g, softcap);                 \
   }
 RLK_INSTANTIATE(float)
 RLK_INSTANTIATE(bf16)
 RLK_INSTANTIATE(fp16)
 #undef RLK_INSTANTIATE
+
+float capped(float logit, Softcap softcap) { return softcap.on() ? softcap.apply(logit) : logit; }
 
 const float* optional_data(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr<float>() : nullptr;
@@ -97,8 +109,8 @@ int64_t grain(int64_t vocab) { return std::max<int64_t>(1, 16384 / std::max<int6
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets,
                                            std::optional<Tensor> row_temperature,
-                                           double temperature, int64_t ignore_index,
-                                           bool want_entropy) {
+                                           double temperature, double logit_scale, double cap,
+                                           int64_t ignore_index, bool want_entropy) {
   RLK_CHECK_CPU(logits);
   RLK_CHECK_DIM(logits, 2);
   RLK_CHECK_DTYPE(targets, Long);
@@ -116,19 +128,22 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets,
   float* lse_out = logsumexp.mutable_data_ptr<float>();
   float* entropy_out = entropy.mutable_data_ptr<float>();
   const int64_t stride = logits.stride(0);
+  const Softcap softcap = {static_cast<float>(logit_scale), static_cast<float>(cap)};
 
   RLK_DISPATCH_FLOAT(logits, T, {
     const T* data = logits.const_data_ptr<T>();
     torch::stable::parallel_for(0, num_rows, grain(vocab), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const T* row = data + i * stride;
-        const float inv = 1.0f / (temperatures ? temperatures[i] : static_cast<float>(temperature));
-        const SoftmaxStats stats = stats_of(row, vocab, inv);
+        const float inv =
+            softcap.inverse(temperatures ? temperatures[i] : static_cast<float>(temperature));
+        const SoftmaxStats stats = stats_of(row, vocab, inv, softcap);
         const bool in_vocab = target[i] >= 0 && target[i] < vocab;
         lse_out[i] = stats.logsumexp(inv);
-        logprob_out[i] = target[i] == ignore_index ? 0.0f
-                         : in_vocab ? stats.logprob(static_cast<float>(row[target[i]]), inv)
-                                    : NAN;
+        logprob_out[i] =
+            target[i] == ignore_index ? 0.0f
+            : in_vocab ? stats.logprob(capped(static_cast<float>(row[target[i]]), softcap), inv)
+                       : NAN;
         if (want_entropy) entropy_out[i] = stats.entropy();
       }
     });
@@ -139,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets,
 Tensor backward(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_logsumexp,
                 std::optional<Tensor> grad_entropy, Tensor logits, Tensor targets, Tensor logsumexp,
                 Tensor entropy, std::optional<Tensor> row_temperature, double temperature,
-                int64_t ignore_index) {
+                double logit_scale, double cap, int64_t ignore_index) {
   RLK_CHECK_CPU(logits);
   RLK_CHECK_DIM(logits, 2);
   const int64_t num_rows = logits.size(0), vocab = logits.size(1);
@@ -153,21 +168,24 @@ Tensor backward(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_l
   const float* lse = logsumexp.const_data_ptr<float>();
   const float* row_entropy = entropy.const_data_ptr<float>();
   const int64_t stride = logits.stride(0);
+  const Softcap softcap = {static_cast<float>(logit_scale), static_cast<float>(cap)};
 
   RLK_DISPATCH_FLOAT(logits, T, {
     const T* data = logits.const_data_ptr<T>();
     T* out = grad.mutable_data_ptr<T>();
     torch::stable::parallel_for(0, num_rows, grain(vocab), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const float inv = 1.0f / (temperatures ? temperatures[i] : static_cast<float>(temperature));
+        const float inv =
+            softcap.inverse(temperatures ? temperatures[i] : static_cast<float>(temperature));
         const bool ignored = target[i] == ignore_index;
         const SoftmaxGrad g(a && !ignored ? a[i] : 0.0f, b ? b[i] : 0.0f, c ? c[i] : 0.0f,
                             b ? row_entropy[i] : 0.0f);
-        grad_of(data + i * stride, out + i * vocab, vocab, inv, lse[i], g);
+        grad_of(data + i * stride, out + i * vocab, vocab, inv, lse[i], g, softcap);
         if (!ignored && target[i] >= 0 && target[i] < vocab) {
           T& slot = out[i * vocab + target[i]];
-          const float log_p = static_cast<float>(data[i * stride + target[i]]) * inv - lse[i];
-          slot = static_cast<T>((g.target + g.off_target(log_p)) * inv);
+          const float y = capped(static_cast<float>(data[i * stride + target[i]]), softcap);
+          const float slope = softcap.on() ? softcap.slope(y) : 1.0f;
+          slot = static_cast<T>((g.target + g.off_target(y * inv - lse[i])) * inv * slope);
         }
       }
     });

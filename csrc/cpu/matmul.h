@@ -13,6 +13,7 @@
 #endif
 
 #include "isa.h"
+#include "rlkern/math/softcap.h"
 #include "vec.h"
 
 namespace rlkern {
@@ -30,6 +31,7 @@ constexpr int64_t kPerUnit = std::is_same_v<Unit, Pair> ? 2 : 1;
 struct TokenInputs {
   const float* inv_temperature;
   const int32_t* target;  // -1: none in the vocabulary
+  Softcap softcap;
 };
 
 // Per token, updated by the tiles: see math/softmax_stats.h.
@@ -48,7 +50,8 @@ struct TokenGrads {
   const float* logsumexp;
 };
 
-template <class Unit>
+// The functions of one instruction set, for operands of type T.
+template <class Unit, class T>
 struct TileKernels {
   int rows;   // of C in a register tile
   int panel;  // columns of C in a register tile
@@ -59,9 +62,33 @@ struct TileKernels {
                          const Unit* hidden, int64_t units, const TokenInputs& token,
                          const TokenGrads& grads, Unit* by_vocab, int64_t vocab_stride,
                          Unit* by_token);
-  void (*accumulate)(const Unit* a, int64_t row_stride, int64_t unit_stride, const Unit* b,
-                     int64_t units, int64_t rows, float* c, int64_t c_stride);
+  void (*product)(const Unit* a, int64_t row_stride, int64_t unit_stride, const Unit* b,
+                  int64_t units, int64_t rows, float* c, int64_t c_stride, bool add);
+  void (*pack_columns)(const T* src, int64_t stride, int64_t depth, int64_t units, int64_t columns,
+                       Unit* out);
+  void (*convert_row)(const float* sums, T* out, int64_t columns);
 };
+
+template <class T>
+RLK_HD void set_unit(float* out, T even, T) {
+  *out = static_cast<float>(even);
+}
+RLK_HD void set_unit(Pair* out, bf16 even, bf16 odd) {
+  out->bits = static_cast<int32_t>(even.x | static_cast<uint32_t>(odd.x) << 16);
+}
+// kLanes of them
+template <class T>
+RLK_HD void set_units(float* out, const T* even, const T*) {
+  store(out, load(even));
+}
+RLK_HD void set_units(Pair* out, const bf16* even, const bf16* odd) {
+  u16x16 low, high;
+  std::memcpy(&low, even, sizeof low);
+  std::memcpy(&high, odd, sizeof high);
+  const i32x16 pairs =
+      __builtin_convertvector(low, i32x16) | (__builtin_convertvector(high, i32x16) << 16);
+  std::memcpy(static_cast<void*>(out), &pairs, sizeof pairs);
+}
 
 // 16 registers of 128 bits: two rows of one 16-lane vector
 #define RLK_ISA isa_default
@@ -96,22 +123,22 @@ struct TileKernels {
 #include "matmul_tile.h"
 #endif
 
-template <class Unit>
-TileKernels<Unit> tile_kernels() {
+template <class Unit, class T>
+TileKernels<Unit, T> tile_kernels() {
 #if defined(__x86_64__)
-  if constexpr (std::is_same_v<Unit, Pair>) return isa_avx512_bf16::kernels<Pair>();
+  if constexpr (std::is_same_v<Unit, Pair>) return isa_avx512_bf16::kernels<Pair, T>();
 #endif
   if constexpr (std::is_same_v<Unit, float>) {
     switch (cpu_isa()) {
 #if defined(__x86_64__)
       case Isa::kAvx512Bf16:
       case Isa::kAvx512:
-        return isa_avx512::kernels<float>();
+        return isa_avx512::kernels<float, T>();
       case Isa::kAvx2:
-        return isa_avx2::kernels<float>();
+        return isa_avx2::kernels<float, T>();
 #endif
       default:
-        return isa_default::kernels<float>();
+        return isa_default::kernels<float, T>();
     }
   }
 }
@@ -122,14 +149,6 @@ int64_t units_of(int64_t depth) {
 }
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-template <class T>
-RLK_HD void set_unit(float* out, T even, T) {
-  *out = static_cast<float>(even);
-}
-RLK_HD void set_unit(Pair* out, bf16 even, bf16 odd) {
-  out->bits = static_cast<int32_t>(even.x | static_cast<uint32_t>(odd.x) << 16);
-}
 
 // `rows` rows of length `depth` as units, each row padded with zeros to `units`, and rows of zeros
 // up to `padded_rows`.
@@ -166,36 +185,6 @@ void pack_rows_as_columns(const T* src, int64_t stride, int64_t rows, int64_t de
       }
     }
   }
-}
-
-// A panel of B as it lies: B[k][n] = src[k][column + n]. Rows past `depth` and columns past
-// `columns` are 0.
-template <class Unit, class T>
-void pack_columns(const T* src, int64_t stride, int64_t depth, int64_t units, int64_t columns,
-                  int panel, Unit* out) {
-  constexpr int64_t kPer = kPerUnit<Unit>;
-  const int64_t width = std::min<int64_t>(columns, panel);
-  for (int64_t u = 0; u < units; ++u) {
-    Unit* line = out + u * panel;
-    std::memset(static_cast<void*>(line), 0, sizeof(Unit) * panel);
-    const int64_t k = u * kPer;
-    if (k >= depth) continue;
-    const T* even = src + k * stride;
-    const T* odd = even + (kPer - 1) * stride;
-    if (k + kPer <= depth) {
-      for (int64_t n = 0; n < width; ++n) set_unit(line + n, even[n], odd[n]);
-    } else {
-      for (int64_t n = 0; n < width; ++n) set_unit(line + n, even[n], T(0.0f));
-    }
-  }
-}
-
-// A row of float32 sums in the output's dtype.
-template <class T>
-void convert_row(const float* sums, T* out, int64_t columns) {
-  int64_t n = 0;
-  for (; n + kLanes <= columns; n += kLanes) store(out + n, load(sums + n));
-  for (; n < columns; ++n) out[n] = static_cast<T>(sums[n]);
 }
 
 }  // namespace rlkern

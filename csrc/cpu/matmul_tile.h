@@ -54,6 +54,17 @@ RLK_TARGET static __attribute__((noinline)) void multiply(const Unit* a, int64_t
     for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kLanes, acc[r][v]);
 }
 
+// Logits of kRows vocabulary rows for one panel of tokens, as the softmax sees them.
+template <class Unit>
+RLK_TARGET static inline __attribute__((always_inline)) void tile_logits(
+    const Unit* weight, int64_t row_stride, const Unit* hidden, int64_t units, Softcap softcap,
+    float* logits) {
+  multiply(weight, row_stride, 1, hidden, units, logits, kPanel, false);
+  if (softcap.on())
+    for (int i = 0; i < kRows * kPanel; i += kLanes)
+      store(logits + i, softcap.apply(load(logits + i)));
+}
+
 // Logits of `rows` vocabulary rows for one panel of tokens, folded into the panel's statistics.
 template <class Unit>
 RLK_TARGET static void fold_logits(const Unit* weight, int64_t row_stride, int64_t rows,
@@ -61,7 +72,7 @@ RLK_TARGET static void fold_logits(const Unit* weight, int64_t row_stride, int64
                                    const TokenInputs& token, const TokenStats& stats) {
   float logits[kRows * kPanel];
   for (int64_t row = 0; row < rows; row += kRows) {
-    multiply(weight + row * row_stride, row_stride, 1, hidden, units, logits, kPanel, false);
+    tile_logits(weight + row * row_stride, row_stride, hidden, units, token.softcap, logits);
     const int count = static_cast<int>(std::min<int64_t>(kRows, rows - row));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -132,7 +143,7 @@ RLK_TARGET static void logit_gradient(const Unit* weight, int64_t row_stride, in
   constexpr int64_t kPer = kPerUnit<Unit>;
   float logits[kRows * kPanel];
   for (int64_t row = 0; row < rows; row += kRows) {
-    multiply(weight + row * row_stride, row_stride, 1, hidden, units, logits, kPanel, false);
+    tile_logits(weight + row * row_stride, row_stride, hidden, units, token.softcap, logits);
     const int count = static_cast<int>(std::min<int64_t>(kRows, rows - row));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -146,11 +157,14 @@ RLK_TARGET static void logit_gradient(const Unit* weight, int64_t row_stride, in
       std::memcpy(&target, token.target + t, sizeof target);
       f32x16 d[kRows];
       for (int r = 0; r < kRows; ++r) {
-        f32x16 log_p = load(logits + r * kPanel + t) * inv - lse;
+        const f32x16 y = load(logits + r * kPanel + t);
+        f32x16 log_p = y * inv - lse;
         log_p = log_p < kExpUnderflow ? splat(kExpUnderflow) : log_p;
         f32x16 g = exp(log_p) * (constant - b * log_p);
         g = target == static_cast<int32_t>(first_row + row + r) ? g + a : g;
-        d[r] = r < count ? g * inv : splat(0.0f);
+        g *= inv;
+        if (token.softcap.on()) g *= token.softcap.slope(y);
+        d[r] = r < count ? g : splat(0.0f);
       }
       store_units(d, kRows, by_vocab + row * vocab_stride + t / kPer, vocab_stride,
                   by_token + row / kPer * kPanel + t);
@@ -158,19 +172,55 @@ RLK_TARGET static void logit_gradient(const Unit* weight, int64_t row_stride, in
   }
 }
 
-// C += A B for `rows` rows (a multiple of kRows) and one panel of columns.
+// C = A B, or C += A B, for `rows` rows (a multiple of kRows) and one panel of columns.
 template <class Unit>
-RLK_TARGET static void accumulate(const Unit* a, int64_t row_stride, int64_t unit_stride,
-                                  const Unit* b, int64_t units, int64_t rows, float* c,
-                                  int64_t c_stride) {
+RLK_TARGET static void product(const Unit* a, int64_t row_stride, int64_t unit_stride,
+                               const Unit* b, int64_t units, int64_t rows, float* c,
+                               int64_t c_stride, bool add) {
   for (int64_t row = 0; row < rows; row += kRows)
     multiply(a + row * row_stride, row_stride, unit_stride, b, units, c + row * c_stride, c_stride,
-             true);
+             add);
 }
 
-template <class Unit>
-constexpr TileKernels<Unit> kernels() {
-  return {kRows, kPanel, &fold_logits<Unit>, &logit_gradient<Unit>, &accumulate<Unit>};
+// A panel of B as it lies: B[k][n] = src[k][n] for n < columns. Rows past `depth` and columns past
+// `columns` are 0.
+template <class Unit, class T>
+RLK_TARGET static void pack_columns(const T* src, int64_t stride, int64_t depth, int64_t units,
+                                    int64_t columns, Unit* out) {
+  constexpr int64_t kPer = kPerUnit<Unit>;
+  const int64_t width = std::min<int64_t>(columns, kPanel);
+  for (int64_t u = 0; u < units; ++u) {
+    Unit* line = out + u * kPanel;
+    const int64_t k = u * kPer;
+    if (width < kPanel || k + kPer > depth)
+      std::memset(static_cast<void*>(line), 0, sizeof(Unit) * kPanel);
+    if (k >= depth) continue;
+    const T* even = src + k * stride;
+    const T* odd = k + kPer <= depth ? even + (kPer - 1) * stride : nullptr;
+    int64_t n = 0;
+    if (odd)
+      for (; n + kLanes <= width; n += kLanes) set_units(line + n, even + n, odd + n);
+    for (; n < width; ++n) set_unit(line + n, even[n], odd ? odd[n] : T(0.0f));
+  }
+}
+
+// A row of float32 sums in the output's dtype.
+template <class T>
+RLK_TARGET static void convert_row(const float* sums, T* out, int64_t columns) {
+  int64_t n = 0;
+  for (; n + kLanes <= columns; n += kLanes) store(out + n, load(sums + n));
+  for (; n < columns; ++n) out[n] = static_cast<T>(sums[n]);
+}
+
+template <class Unit, class T>
+constexpr TileKernels<Unit, T> kernels() {
+  return {kRows,
+          kPanel,
+          &fold_logits<Unit>,
+          &logit_gradient<Unit>,
+          &product<Unit>,
+          &pack_columns<Unit, T>,
+          &convert_row<T>};
 }
 
 }  // namespace RLK_ISA

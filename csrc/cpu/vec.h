@@ -48,12 +48,14 @@ RLK_HD f32x16 load(const fp16* p) {
 }
 
 RLK_HD void store(float* p, f32x16 x) { std::memcpy(p, &x, sizeof x); }
-// The bfloat16 nearest to x (ties to even), in the low half of each lane.
+// The bfloat16 nearest to x (ties to even), in the low half of each lane. Integers alone: GCC takes
+// a comparison of vectors wider than the registers apart lane by lane.
 RLK_HD i32x16 bf16_bits(f32x16 x) {
   const i32x16 bits = (i32x16)x;
   const i32x16 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  // a NaN keeps a set bit of its payload
-  return (x == x) ? rounded : ((bits >> 16) | 0x40);
+  // all ones where x is NaN, which keeps a set bit of its payload
+  const i32x16 nan = (0x7F800000 - (bits & 0x7FFFFFFF)) >> 31;
+  return (rounded & ~nan) | (((bits >> 16) | 0x40) & nan);
 }
 RLK_HD void store(bf16* p, f32x16 x) {
   const u16x16 raw = __builtin_convertvector(bf16_bits(x), u16x16);

@@ -33,6 +33,18 @@ def check_rows(op: str, rows: Tensor, name: str, targets: Tensor) -> None:
     _check.same_device(op, "targets", targets, name, rows.device)
 
 
+def check_vocab_size(op: str, vocab_size: int | None, vocab: int) -> int:
+    """The number of columns that exist; the others are padding and are not read."""
+    if vocab_size is None:
+        return vocab
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        kind = type(vocab_size).__name__
+        raise TypeError(f"{op}: expected vocab_size to be an int, got {kind}")
+    if not 0 < vocab_size <= vocab:
+        _check.fail(op, "vocab_size", f"in [1, V] = [1, {vocab}]", vocab_size)
+    return vocab_size
+
+
 def split_temperature(
     op: str, temperature: float | Tensor, rows: Tensor, name: str
 ) -> tuple[Tensor | None, float]:
@@ -44,6 +56,16 @@ def split_temperature(
     _check.same_device(op, "temperature", temperature, name, rows.device)
     kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
     return temperature.detach().to(kind).contiguous(), 1.0
+
+
+def scalars_of(
+    op: str, temperature: float, logit_scale: float, softcap: float | None, ignore_index: int
+) -> tuple[float, float, float, int]:
+    """The schemas' (temperature, logit_scale, softcap, ignore_index); a softcap of 0 is none."""
+    _check.positive(op, "logit_scale", logit_scale)
+    if softcap is not None:
+        _check.positive(op, "softcap", softcap)
+    return temperature, float(logit_scale), float(softcap or 0.0), ignore_index
 
 
 def select(

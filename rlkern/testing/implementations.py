@@ -10,7 +10,13 @@ import torch
 
 from rlkern import _library
 
-OPS = ("logprob_from_logits", "linear_logprob", "policy_loss", "group_advantage")
+OPS = (
+    "logprob_from_logits",
+    "linear_logprob",
+    "policy_loss",
+    "group_advantage",
+    "segment_reduce",
+)
 
 
 class Implementation(NamedTuple):

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 import rlkern
+from rlkern.train.model import logit_options
 
 
 @dataclass(frozen=True)
@@ -43,4 +44,5 @@ def response_logprobs(
         batch.targets,
         temperature=temperature,
         outputs=("logprob", "entropy"),
+        **logit_options(model),
     )

@@ -17,6 +17,8 @@ from rlkern.testing.numerics import assert_same_bits, assert_within_budget, to_d
 
 OP = "linear_logprob"
 ALL = ("logprob", "entropy", "logsumexp")
+# temperature, logit_scale, softcap, ignore_index
+PLAIN = (1.0, 1.0, 0.0, -100)
 # the order of the ops' outputs
 NAMES = ("logprob", "logsumexp", "entropy")
 # the products are summed in another order than torch's
@@ -25,11 +27,10 @@ SUM_ULPS = 64
 
 def plain_torch_gradients(inputs: tuple) -> tuple:
     """What torch's own matmuls give in the inputs' dtype: the yardstick of 16-bit gradients."""
-    *grads, hidden, weight, targets, lse, entropy, rows, temperature, ignore, _, _ = inputs
+    *grads, hidden, weight, targets, lse, entropy, rows = inputs[:9]
     logits = (hidden @ weight.T).float()
-    d_logits = from_logits.backward(
-        *grads, logits, targets, lse, entropy, rows, temperature, ignore
-    ).to(hidden.dtype)
+    saved = (logits, targets, lse, entropy, rows, *inputs[9:-2])
+    d_logits = from_logits.backward(*grads, *saved).to(hidden.dtype)
     return d_logits @ weight, d_logits.T @ hidden
 
 
@@ -46,18 +47,19 @@ def assert_close_as_torch(what, got, truth, torchs):
     assert error(got) <= 1.1 * error(torchs) + floor, f"{what}: {error(got)}, {error(torchs)}"
 
 
+@pytest.mark.parametrize("cap", [0.0, 1.5])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_reference_gradient_is_the_derivative(per_row):
+def test_reference_gradient_is_the_derivative(per_row, cap):
     targets = torch.tensor([0, 6, -100, 3])
     rows = torch.linspace(0.5, 2, 4, dtype=torch.float64) if per_row else None
     hidden = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    outputs = reference.forward(hidden, weight, targets, rows, 0.7, -100, True)
+    outputs = reference.forward(hidden, weight, targets, rows, 0.7, 1.3, cap, -100, True)
     upstream = [torch.randn(4, dtype=torch.float64) for _ in range(3)]
     want = torch.autograd.grad(outputs, (hidden, weight), upstream)
     a, c, b = upstream
     with torch.no_grad():
-        saved = (hidden, weight, targets, outputs[1], outputs[2], rows, 0.7, -100)
+        saved = (hidden, weight, targets, outputs[1], outputs[2], rows, 0.7, 1.3, cap, -100)
         got = reference.backward(a, c, b, *saved, True, True)
     for g, w in zip(got, want):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-13)
@@ -114,13 +116,13 @@ def test_a_row_does_not_depend_on_its_batch(device, dtype):
             continue
         count = 1700 if kernel.name == "native" or device == "cuda" else 150
         h, t = hidden[:count], targets[:count]
-        whole = kernel.forward(h, weight, t, None, 0.8, -100, True)
+        whole = kernel.forward(h, weight, t, None, 0.8, 1.0, 0.0, -100, True)
         for rows in (slice(0, 1), slice(5, 60), slice(count - 20, count)):
-            part = kernel.forward(h[rows], weight, t[rows], None, 0.8, -100, True)
+            part = kernel.forward(h[rows], weight, t[rows], None, 0.8, 1.0, 0.0, -100, True)
             for a, b in zip(part, whole):
                 assert_same_bits(f"{kernel.name} {rows}", a, b[rows])
         order = torch.randperm(count)
-        shuffled = kernel.forward(h[order], weight, t[order], None, 0.8, -100, True)
+        shuffled = kernel.forward(h[order], weight, t[order], None, 0.8, 1.0, 0.0, -100, True)
         for a, b in zip(shuffled, whole):
             assert_same_bits(f"{kernel.name} permuted", a, b[order])
 
@@ -169,16 +171,51 @@ def test_a_transposed_head_and_strided_hidden_states():
     hidden = torch.randn(2, 9, 16)[:, ::2].reshape(-1, 16)[::2]
     targets = torch.randint(50, hidden.shape[:1])
     got = rlkern.linear_logprob(hidden, weight, targets).logprob
-    want = reference.forward(hidden, weight, targets, None, 1.0, -100, False)[0]
+    want = reference.forward(hidden, weight, targets, None, *PLAIN, False)[0]
     torch.testing.assert_close(got, want)
+
+
+def test_scale_and_soft_cap_as_models_apply_them(device):
+    """Gemma 2: cap tanh(logits / cap); Cohere: logits times logit_scale."""
+    hidden = torch.randn(9, 24).to(device).requires_grad_()
+    weight = torch.randn(70, 24).to(device).requires_grad_()
+    targets = torch.randint(70, (9,)).to(device)
+    z = 5.0 * torch.tanh(0.8 * (hidden @ weight.T) / 5.0) / 0.7
+    logp = z.log_softmax(-1)
+    want = (logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1), z.logsumexp(-1))
+    options = {"temperature": 0.7, "softcap": 5.0, "logit_scale": 0.8, "outputs": ALL}
+    upstream = [checks.random_sign(w, seed) for seed, w in enumerate(want)]
+    expected = torch.autograd.grad(want, (hidden, weight), upstream)
+    out = rlkern.linear_logprob(hidden, weight, targets, **options)
+    got = torch.autograd.grad(tuple(out), (hidden, weight), upstream)
+    for a, b in zip((*out, *got), (*want, *expected)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+    from_logits = rlkern.logprob_from_logits(hidden @ weight.T, targets, **options)
+    for a, b in zip(from_logits, want):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_padded_vocabulary_is_not_read(device):
+    hidden = torch.randn(6, 16).to(device).requires_grad_()
+    weight = torch.randn(64, 16).to(device)
+    padded = torch.cat([weight, torch.full((8, 16), float("nan")).to(device)]).requires_grad_()
+    targets = torch.randint(64, (6,)).to(device)
+    out = rlkern.linear_logprob(hidden, padded, targets, vocab_size=64, outputs=ALL)
+    plain = rlkern.linear_logprob(hidden, weight, targets, outputs=ALL)
+    for a, b in zip(out, plain):
+        assert_same_bits("padded", a.detach(), b.detach())
+    (out.logprob.sum() + out.entropy.sum()).backward()
+    assert hidden.grad.isfinite().all()
+    assert (padded.grad[64:] == 0).all()
+    assert padded.grad[:64].abs().sum() > 0
 
 
 def test_scalars_reach_the_kernel():
     """The stable ABI does not compare C++ parameter types with the schema."""
     hidden, weight = torch.randn(4, 6), torch.randn(9, 6)
     targets = torch.tensor([3, 7, 7, 1])
-    for temperature in (0.37, 2.25):
-        args = (hidden, weight, targets, None, temperature, 7, True)
+    for scalars in ((0.37, 1.0, 0.0, 7), (2.25, 0.61, 0.0, 7), (1.0, 1.7, 2.9, 7)):
+        args = (hidden, weight, targets, None, *scalars, True)
         got = torch.ops.rlkern.linear_logprob_fwd(*args)
         torch.testing.assert_close(got, reference.forward(*args))
         assert (got[0][1:3] == 0).all()
@@ -194,9 +231,9 @@ def test_out_of_range_targets_give_nan_and_stay_in_bounds(device):
     hidden, weight = torch.randn(4, 8).to(device), torch.randn(6, 8).to(device)
     targets = torch.tensor([-1, 6, 2**40, 5]).to(device)
     for kernel in checks.kernels(OP, device):
-        out = kernel.forward(hidden, weight, targets, None, 1.0, -100, True)
+        out = kernel.forward(hidden, weight, targets, None, *PLAIN, True)
         assert out[0].isnan().tolist() == [True, True, True, False], kernel.name
-        saved = (hidden, weight, targets, out[1], out[2], None, 1.0, -100, True, True)
+        saved = (hidden, weight, targets, out[1], out[2], None, *PLAIN, True, True)
         grads = kernel.backward(torch.ones(4).to(device), None, None, *saved)
         assert all(g.isfinite().all() for g in grads), kernel.name
 
@@ -261,7 +298,7 @@ def test_any_shape(rows, depth, vocab, scale, temperature, dtype, gap, seed):
     hidden = torch.randn(rows, depth + extra, generator=generator).to(dtype)[:, :depth]
     weight = (torch.randn(vocab, depth + extra, generator=generator) * scale).to(dtype)[:, :depth]
     targets = torch.randint(vocab, (rows,), generator=generator)
-    args = (hidden, weight, targets, None, temperature, -100, True)
+    args = (hidden, weight, targets, None, temperature, 1.0, 0.0, -100, True)
     truth, torchs = reference.forward(*to_double(args)), reference.forward(*args)
     ours = torch.ops.rlkern.linear_logprob_fwd(*args)
     for got, want, peer, name in zip(ours, truth, torchs, NAMES):
@@ -300,6 +337,10 @@ TARGETS = torch.zeros(4, dtype=torch.int64)
         ({"weight": WEIGHT.to("meta")}, ValueError, "expected weight on cpu like hidden, got meta"),
         ({"temperature": -1.0}, ValueError, "temperature to be positive and finite, got -1.0"),
         ({"outputs": ()}, ValueError, "outputs to be a non-empty tuple"),
+        ({"softcap": 0.0}, ValueError, "softcap to be positive and finite, got 0.0"),
+        ({"logit_scale": -2}, ValueError, "logit_scale to be positive and finite, got -2"),
+        ({"vocab_size": 11}, ValueError, r"vocab_size in \[1, V\] = \[1, 10\], got 11"),
+        ({"vocab_size": 8.0}, TypeError, "expected vocab_size to be an int, got float"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(change, error, message):

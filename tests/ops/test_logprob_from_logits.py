@@ -12,10 +12,13 @@ from rlkern.testing.numerics import assert_same_bits, assert_within_budget
 
 OP = "logprob_from_logits"
 ALL = ("logprob", "entropy", "logsumexp")
+# temperature, logit_scale, softcap, ignore_index
+PLAIN = (1.0, 1.0, 0.0, -100)
 
 
+@pytest.mark.parametrize("cap", [0.0, 1.5])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_reference_gradient_is_the_derivative(per_row):
+def test_reference_gradient_is_the_derivative(per_row, cap):
     logits = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 6, -100, 3])
     rows = torch.linspace(0.5, 2, 4, dtype=torch.float64) if per_row else None
@@ -23,17 +26,17 @@ def test_reference_gradient_is_the_derivative(per_row):
     class Op(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            out = reference.forward(x, targets, rows, 0.7, -100, True)
+            out = reference.forward(x, targets, rows, 0.7, 1.3, cap, -100, True)
             ctx.save_for_backward(x, *out[1:])
             return out
 
         @staticmethod
         def backward(ctx, a, c, b):
             x, lse, entropy = ctx.saved_tensors
-            return reference.backward(a, c, b, x, targets, lse, entropy, rows, 0.7, -100)
+            return reference.backward(a, c, b, x, targets, lse, entropy, rows, 0.7, 1.3, cap, -100)
 
     def forward(x):
-        return reference.forward(x, targets, rows, 0.7, -100, True)
+        return reference.forward(x, targets, rows, 0.7, 1.3, cap, -100, True)
 
     upstream = [torch.randn(4, dtype=torch.float64) for _ in range(3)]
     (want,) = torch.autograd.grad(forward(logits), logits, upstream)
@@ -62,9 +65,9 @@ def test_a_row_does_not_depend_on_its_batch(device):
     for kernel in checks.kernels(OP, device):
         if kernel.name == "reference":
             continue
-        whole = kernel.forward(logits, targets, None, 0.8, -100, True)
+        whole = kernel.forward(logits, targets, None, 0.8, 1.0, 0.0, -100, True)
         for rows in (slice(0, 1), slice(5, 9), slice(32, 33)):
-            part = kernel.forward(logits[rows], targets[rows], None, 0.8, -100, True)
+            part = kernel.forward(logits[rows], targets[rows], None, 0.8, 1.0, 0.0, -100, True)
             for a, b in zip(part, whole):
                 assert_same_bits(f"{kernel.name} {rows}", a, b[rows])
 
@@ -119,12 +122,12 @@ def test_double_precision_gradcheck_through_the_public_function():
 def test_scalars_reach_the_kernel():
     """The stable ABI does not compare C++ parameter types with the schema."""
     logits, targets = torch.randn(4, 9), torch.tensor([3, 7, 7, 1])
-    for temperature in (0.37, 2.25):
-        got = torch.ops.rlkern.logprob_from_logits_fwd(logits, targets, None, temperature, 7, True)
-        want = reference.forward(logits, targets, None, temperature, 7, True)
+    for scalars in ((0.37, 1.0, 0.0, 7), (2.25, 0.61, 0.0, 7), (1.0, 1.7, 2.9, 7)):
+        got = torch.ops.rlkern.logprob_from_logits_fwd(logits, targets, None, *scalars, True)
+        want = reference.forward(logits, targets, None, *scalars, True)
         torch.testing.assert_close(got, want)
         assert (got[0][1:3] == 0).all()
-    nothing = torch.ops.rlkern.logprob_from_logits_fwd(logits, targets, None, 1.0, 7, False)
+    nothing = torch.ops.rlkern.logprob_from_logits_fwd(logits, targets, None, *scalars, False)
     assert nothing[2].numel() == 0
 
 
@@ -132,10 +135,10 @@ def test_out_of_range_targets_give_nan_and_stay_in_bounds(device):
     logits = torch.randn(4, 6).to(device)
     targets = torch.tensor([-1, 6, 2**40, 5]).to(device)
     for kernel in checks.kernels(OP, device):
-        logprob, lse, entropy = kernel.forward(logits, targets, None, 1.0, -100, True)
+        logprob, lse, entropy = kernel.forward(logits, targets, None, *PLAIN, True)
         assert logprob.isnan().tolist() == [True, True, True, False], kernel.name
         upstream = torch.ones(4).to(device)
-        grad = kernel.backward(upstream, None, None, logits, targets, lse, entropy, None, 1.0, -100)
+        grad = kernel.backward(upstream, None, None, logits, targets, lse, entropy, None, *PLAIN)
         assert grad.isfinite().all(), kernel.name
 
 
@@ -144,7 +147,7 @@ def test_nan_logits_are_not_hidden(device):
     logits[1, 2050] = float("nan")
     targets = torch.tensor([0, 1, 2]).to(device)
     for kernel in checks.kernels(OP, device):
-        out = kernel.forward(logits, targets, None, 1.0, -100, True)
+        out = kernel.forward(logits, targets, None, *PLAIN, True)
         for value in out:
             assert value.isnan().tolist() == [False, True, False], kernel.name
 
@@ -155,6 +158,19 @@ def test_more_rows_than_a_grid_dimension():
     out = rlkern.logprob_from_logits(logits, targets)
     want = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     torch.testing.assert_close(out.logprob, want)
+
+
+def test_padded_vocabulary_is_not_read(device):
+    logits = torch.randn(4, 30).to(device)
+    padded = torch.cat([logits, torch.full((4, 3), float("nan")).to(device)], 1).requires_grad_()
+    targets = torch.randint(30, (4,)).to(device)
+    out = rlkern.logprob_from_logits(padded, targets, vocab_size=30, outputs=ALL)
+    plain = rlkern.logprob_from_logits(logits, targets, outputs=ALL)
+    for a, b in zip(out, plain):
+        assert_same_bits("padded", a.detach(), b.detach())
+    out.entropy.sum().backward()
+    assert (padded.grad[:, 30:] == 0).all()
+    assert padded.grad.isfinite().all()
 
 
 def test_compiles_whole():
@@ -185,7 +201,7 @@ def test_any_shape(rows, vocab, scale, temperature, dtype, gap, seed):
     logits = logits[:, :vocab] if gap else logits[:, :vocab].contiguous()
     targets = torch.randint(vocab, (rows,), generator=generator)
     got = rlkern.logprob_from_logits(logits, targets, temperature=temperature, outputs=ALL)
-    args = (targets, None, temperature, -100, True)
+    args = (targets, None, temperature, 1.0, 0.0, -100, True)
     truth = reference.forward(logits.double(), *args)
     torchs = reference.forward(logits, *args)
     for name, want, peer in zip(("logprob", "logsumexp", "entropy"), truth, torchs):

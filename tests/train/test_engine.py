@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 from rlkern.rollout import NativeEngine, Rollouts
+from rlkern.train.batch import collate, response_logprobs
 
 SHAPE = {
     "vocab_size": 24,
@@ -128,3 +136,35 @@ def test_bad_arguments(model):
             generate(model, **bad)
     with pytest.raises(ValueError, match=r"= 46 tokens, but the model has 40 positions"):
         generate(model, max_new_tokens=40)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Gemma2Config, {"final_logit_softcapping": 2.0, "head_dim": 8}),
+        (CohereConfig, {"logit_scale": 0.3}),
+        (GraniteConfig, {"logits_scaling": 4.0}),
+        (Qwen3Config, {"head_dim": 8}),
+    ],
+    ids=["gemma2", "cohere", "granite", "qwen3"],
+)
+@torch.no_grad()
+def test_the_trainer_applies_what_the_model_does_to_its_logits(kind, options):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(kind(**SHAPE, **options)).eval()
+    prompts = [torch.tensor(p) for p in PROMPTS]
+    responses = [
+        torch.tensor([4, 9, 2]),
+        torch.tensor([7]),
+        torch.tensor([3, 3]),
+        torch.tensor([1]),
+    ]
+    got = response_logprobs(model, collate(prompts, responses), temperature=0.7)
+    want, entropy = [], []
+    for prompt, response in zip(prompts, responses):
+        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        logp = (logits / 0.7).log_softmax(-1)
+        want.append(logp.gather(1, response[:, None])[:, 0])
+        entropy.append(-(logp.exp() * logp).sum(-1))
+    torch.testing.assert_close(got.logprob, torch.cat(want), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.entropy, torch.cat(entropy), rtol=1e-5, atol=1e-5)

@@ -18,12 +18,15 @@ def linear_logprob(
     targets: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     outputs: Sequence[str] = ("logprob",),
     ignore_index: int = -100,
 ) -> LogprobOutput:
     """Log-prob of each target under softmax(hidden @ weight^T / temperature), and the entropy.
 
-        z = hidden @ weight^T / temperature
+        z = hidden @ weight^T / temperature      (logit_scale and softcap first, where given)
         logprob = z[target] - logsumexp(z);  entropy = -sum_j p_j log p_j,  p = softmax(z)
 
     Equivalent torch program, which holds several (T, V) float32 tensors where this holds none::
@@ -42,8 +45,13 @@ def linear_logprob(
         hidden: (T, H) float32, bfloat16 or float16. float64 is computed by the reference.
         weight: (V, H) in the same dtype: the LM head.
         targets: (T,) int64 or int32. A row equal to ignore_index has log-prob 0 and no gradient
-            through it; any other target outside [0, V) gives NaN.
+            through it; any other target outside the vocabulary gives NaN.
         temperature: a positive number, or a (T,) tensor of them; not differentiated.
+        softcap: c > 0 replaces logits x by c tanh(x / c), before the temperature (Gemma 2).
+        logit_scale: a positive factor on the logits, before softcap (Cohere; Granite's
+            1 / logits_scaling).
+        vocab_size: how many entries of the vocabulary exist; the rest is padding, which may
+            hold anything, NaN included, and gets gradient 0.
         outputs: which of "logprob", "entropy" (nats), "logsumexp" (of z) to return.
         ignore_index: the target that marks a row without a token.
 
@@ -67,13 +75,15 @@ def linear_logprob(
     _check.same_device(_OP, "weight", weight, "hidden", hidden.device)
     _logprob.check_rows(_OP, hidden, "hidden", targets)
     _logprob.check_outputs(_OP, outputs)
+    size = _logprob.check_vocab_size(_OP, vocab_size, weight.shape[0])
     rows, scalar = _logprob.split_temperature(_OP, temperature, hidden, "hidden")
+    scalars = _logprob.scalars_of(_OP, scalar, logit_scale, softcap, ignore_index)
+    if size < weight.shape[0]:
+        weight = weight[:size]
     if hidden.stride(-1) != 1:
         hidden = hidden.contiguous()
     if weight.stride(-1) != 1:
         weight = weight.contiguous()
     targets = targets.long().contiguous()
-    stats = LinearLogprob.apply(
-        hidden, weight, targets, rows, scalar, ignore_index, "entropy" in outputs
-    )
+    stats = LinearLogprob.apply(hidden, weight, targets, rows, scalars, "entropy" in outputs)
     return _logprob.select(outputs, *stats)

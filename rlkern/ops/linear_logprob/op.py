@@ -7,10 +7,10 @@ from rlkern import _library
 from rlkern.ops.linear_logprob import reference
 
 
-def _fake_fwd(hidden, weight, targets, row_temperature, temperature, ignore_index, want_entropy):
+def _fake_fwd(hidden, *rest):
     rows = hidden.shape[0]
     stat = hidden.new_empty((rows,), dtype=torch.float32)
-    entropy = hidden.new_empty((rows if want_entropy else 0,), dtype=torch.float32)
+    entropy = hidden.new_empty((rows if rest[-1] else 0,), dtype=torch.float32)
     return stat, torch.empty_like(stat), entropy
 
 
@@ -22,14 +22,15 @@ def _fake_bwd(a, c, b, hidden, weight, *rest):
 
 _library.define(
     "linear_logprob_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? row_temperature, "
-    "float temperature, int ignore_index, bool want_entropy) -> (Tensor, Tensor, Tensor)",
+    "float temperature, float logit_scale, float softcap, int ignore_index, bool want_entropy) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_fwd,
 )
 _library.define(
     "linear_logprob_bwd(Tensor? grad_logprob, Tensor? grad_logsumexp, Tensor? grad_entropy, "
     "Tensor hidden, Tensor weight, Tensor targets, Tensor logsumexp, Tensor entropy, "
-    "Tensor? row_temperature, float temperature, int ignore_index, bool need_hidden, "
-    "bool need_weight) -> (Tensor, Tensor)",
+    "Tensor? row_temperature, float temperature, float logit_scale, float softcap, "
+    "int ignore_index, bool need_hidden, bool need_weight) -> (Tensor, Tensor)",
     _fake_bwd,
 )
 _TRITON = "rlkern.ops.linear_logprob.triton"
@@ -41,13 +42,14 @@ class LinearLogprob(torch.autograd.Function):
     """(logprob, logsumexp, entropy); the backward recomputes the logits block by block."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, row_temperature, temperature, ignore_index, entropy):
+    def forward(ctx, hidden, weight, targets, row_temperature, scalars, want_entropy):
+        """scalars: (temperature, logit_scale, softcap, ignore_index)."""
         # float64 is for checking formulas: the reference alone computes in it
         double = hidden.dtype == torch.float64
         run = reference.forward if double else torch.ops.rlkern.linear_logprob_fwd
-        outputs = run(hidden, weight, targets, row_temperature, temperature, ignore_index, entropy)
+        outputs = run(hidden, weight, targets, row_temperature, *scalars, want_entropy)
         ctx.save_for_backward(hidden, weight, targets, *outputs[1:], row_temperature)
-        ctx.constants = (temperature, ignore_index)
+        ctx.scalars = scalars
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -65,9 +67,9 @@ class LinearLogprob(torch.autograd.Function):
         ]
         saved = (hidden, weight, targets, logsumexp, entropy, row_temperature)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden, grad_weight = run(*grads, *saved, *ctx.constants, need_hidden, need_weight)
+        grad_hidden, grad_weight = run(*grads, *saved, *ctx.scalars, need_hidden, need_weight)
         return (
             grad_hidden if need_hidden else None,
             grad_weight if need_weight else None,
-            *(None,) * 5,
+            *(None,) * 4,
         )

@@ -18,13 +18,14 @@ def forward(
     targets: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = _logits(hidden, weight)
-    return from_logits.forward(
-        logits, targets, row_temperature, temperature, ignore_index, want_entropy
-    )
+    rest = (row_temperature, temperature, logit_scale, softcap, ignore_index, want_entropy)
+    return from_logits.forward(logits, targets, *rest)
 
 
 def backward(
@@ -38,6 +39,8 @@ def backward(
     entropy: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
@@ -53,6 +56,8 @@ def backward(
         entropy,
         row_temperature,
         temperature,
+        logit_scale,
+        softcap,
         ignore_index,
     )
     grad_hidden = hidden.new_empty((0, hidden.shape[1]))

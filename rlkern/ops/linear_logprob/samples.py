@@ -16,10 +16,15 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
         return (torch.randn(*shape, generator=random) * scale).to(device, dtype)
 
     def case(
-        hidden: Tensor, weight: Tensor, temperature: float = 1.0, rows: Tensor | None = None
+        hidden: Tensor,
+        weight: Tensor,
+        temperature: float = 1.0,
+        rows: Tensor | None = None,
+        scale: float = 1.0,
+        cap: float = 0.0,
     ) -> tuple:
         targets = torch.randint(weight.shape[0], (hidden.shape[0],), generator=random).to(device)
-        return hidden, weight, targets, rows, temperature, IGNORE, True
+        return hidden, weight, targets, rows, temperature, scale, cap, IGNORE, True
 
     yield "plain", case(normal(5, 16), normal(40, 16))
     yield "odd sizes", case(normal(7, 13), normal(51, 13), 0.7)
@@ -38,19 +43,21 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
     targets[::2] = IGNORE
     yield "ignored rows", (hidden, weight, targets, *rest)
     yield "rows with a gap", case(normal(7, 40)[::2, :25], normal(90, 50)[::3, :25])
-    yield "no entropy", (*case(normal(4, 16), normal(90, 16), 0.9)[:6], False)
+    yield "scaled", case(normal(4, 16), normal(90, 16), 0.9, None, 0.25)
+    yield "soft cap", case(normal(20, 16, scale=3.0), normal(90, 16), 0.8, None, 1.5, 10.0)
+    yield "no entropy", (*case(normal(4, 16), normal(90, 16), 0.9)[:-1], False)
 
 
 def backward_inputs(args: tuple, outputs: tuple, seed: int = 1) -> tuple:
     """Arguments of backward for random upstream gradients of either sign."""
-    hidden, weight, targets, rows, temperature, ignore_index, want_entropy = args
+    hidden, weight, targets, rows, *scalars, want_entropy = args
     logprob, logsumexp, entropy = outputs
     random = torch.Generator().manual_seed(seed)
     grads = [
         torch.randn(logprob.shape, generator=random).to(logprob) if wanted else None
         for wanted in (True, True, want_entropy)
     ]
-    saved = (hidden, weight, targets, logsumexp, entropy, rows, temperature, ignore_index)
+    saved = (hidden, weight, targets, logsumexp, entropy, rows, *scalars)
     return (*grads, *saved, True, True)
 
 

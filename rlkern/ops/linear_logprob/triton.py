@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkern.ops._triton import INTERPRETED
+from rlkern.ops._triton import INTERPRETED, inverse, softcap_slope, softcapped
 
 # T, V and bytes of H of a tile, warps and stages. Rows that start and end at multiples of 16
 # elements are copied asynchronously: operand tiles three deep in flight (72 KiB; sm_120 has 99 KiB
@@ -81,6 +81,9 @@ def _forward_kernel(
     stride_weight,
     split_size,
     temperature,
+    logit_scale,
+    softcap,
+    HAS_CAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -90,9 +93,10 @@ def _forward_kernel(
     split = tl.program_id(1)
     valid = row < rows
     target = tl.load(targets + row, mask=valid, other=-1)
-    inv = tl.full((BLOCK_T,), 1.0, tl.float32) / temperature
+    temperatures = tl.zeros_like(row).to(tl.float32) + temperature
     if row_temperature is not None:
-        inv = 1.0 / tl.load(row_temperature + row, mask=valid, other=1.0)
+        temperatures = tl.load(row_temperature + row, mask=valid, other=1.0)
+    inv = inverse(temperatures, logit_scale, HAS_CAP)
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     dot = tl.zeros((BLOCK_T,), tl.float32)
@@ -115,6 +119,8 @@ def _forward_kernel(
             BLOCK_H,
             WIDEN,
         )
+        if HAS_CAP:
+            z = softcapped(z, logit_scale, softcap)
         hit += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
         z = tl.where((column < vocab)[None, :], z, float("-inf"))
         new_top = tl.maximum(top, tl.max(z, 1))
@@ -147,16 +153,19 @@ def _merge_kernel(
     vocab,
     splits,
     temperature,
+    logit_scale,
     ignore_index,
+    HAS_CAP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < rows
     target = tl.load(targets + row, mask=valid, other=-1)
-    inv = tl.full((BLOCK,), 1.0, tl.float32) / temperature
+    temperatures = tl.zeros_like(row).to(tl.float32) + temperature
     if row_temperature is not None:
-        inv = 1.0 / tl.load(row_temperature + row, mask=valid, other=1.0)
+        temperatures = tl.load(row_temperature + row, mask=valid, other=1.0)
+    inv = inverse(temperatures, logit_scale, HAS_CAP)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     dot = tl.zeros((BLOCK,), tl.float32)
@@ -209,7 +218,10 @@ def _logit_gradient_kernel(
     first_column,
     width,
     temperature,
+    logit_scale,
+    softcap,
     ignore_index,
+    HAS_CAP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -220,9 +232,10 @@ def _logit_gradient_kernel(
     column = first_column + offset
     valid = row < rows
     target = tl.load(targets + row, mask=valid, other=-1)
-    inv = tl.full((BLOCK_T,), 1.0, tl.float32) / temperature
+    temperatures = tl.zeros_like(row).to(tl.float32) + temperature
     if row_temperature is not None:
-        inv = 1.0 / tl.load(row_temperature + row, mask=valid, other=1.0)
+        temperatures = tl.load(row_temperature + row, mask=valid, other=1.0)
+    inv = inverse(temperatures, logit_scale, HAS_CAP)
     # dL/dz_j = a 1[j = t] + p_j (c - a - b H - b log p_j)
     a = tl.zeros((BLOCK_T,), tl.float32)
     if grad_logprob is not None:
@@ -251,11 +264,15 @@ def _logit_gradient_kernel(
         BLOCK_H,
         WIDEN,
     )
+    if HAS_CAP:
+        z = softcapped(z, logit_scale, softcap)
     log_p = z * inv[:, None] - lse[:, None]
     log_p = tl.where(log_p < UNDERFLOW, UNDERFLOW, log_p)
     d = tl.exp(log_p) * (constant[:, None] - b[:, None] * log_p)
     d += tl.where(column[None, :] == target[:, None], a[:, None], 0.0)
     d = d * inv[:, None]
+    if HAS_CAP:
+        d = d * softcap_slope(z, logit_scale, softcap)
     out = d_logits + row.to(tl.int64)[:, None] * width + offset[None, :]
     mask = valid[:, None] & (offset < width)[None, :]
     tl.store(out, d.to(d_logits.dtype.element_ty), mask=mask)
@@ -267,6 +284,8 @@ def forward(
     targets: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,6 +312,9 @@ def forward(
         weight.stride(0),
         split_size,
         temperature,
+        logit_scale,
+        softcap,
+        HAS_CAP=softcap > 0,
         **tile,
     )
     _merge_kernel[(triton.cdiv(rows, 128),)](
@@ -306,7 +328,9 @@ def forward(
         vocab,
         splits,
         temperature,
+        logit_scale,
         ignore_index,
+        HAS_CAP=softcap > 0,
         WANT_ENTROPY=want_entropy,
         BLOCK=128,
         num_warps=4,
@@ -325,6 +349,8 @@ def backward(
     entropy: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
@@ -360,7 +386,10 @@ def backward(
             first,
             width,
             temperature,
+            logit_scale,
+            softcap,
             ignore_index,
+            HAS_CAP=softcap > 0,
             **tile,
         )
         if need_hidden:

@@ -7,10 +7,10 @@ from rlkern import _library
 from rlkern.ops.logprob_from_logits import reference
 
 
-def _fake_fwd(logits, targets, row_temperature, temperature, ignore_index, want_entropy):
+def _fake_fwd(logits, *rest):
     rows = logits.shape[0]
     stat = logits.new_empty((rows,), dtype=torch.float32)
-    entropy = logits.new_empty((rows if want_entropy else 0,), dtype=torch.float32)
+    entropy = logits.new_empty((rows if rest[-1] else 0,), dtype=torch.float32)
     return stat, torch.empty_like(stat), entropy
 
 
@@ -20,13 +20,14 @@ def _fake_bwd(grad_logprob, grad_logsumexp, grad_entropy, logits, *rest):
 
 _library.define(
     "logprob_from_logits_fwd(Tensor logits, Tensor targets, Tensor? row_temperature, "
-    "float temperature, int ignore_index, bool want_entropy) -> (Tensor, Tensor, Tensor)",
+    "float temperature, float logit_scale, float softcap, int ignore_index, bool want_entropy) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_fwd,
 )
 _library.define(
     "logprob_from_logits_bwd(Tensor? grad_logprob, Tensor? grad_logsumexp, Tensor? grad_entropy, "
     "Tensor logits, Tensor targets, Tensor logsumexp, Tensor entropy, Tensor? row_temperature, "
-    "float temperature, int ignore_index) -> Tensor",
+    "float temperature, float logit_scale, float softcap, int ignore_index) -> Tensor",
     _fake_bwd,
 )
 _TRITON = "rlkern.ops.logprob_from_logits.triton"
@@ -38,16 +39,16 @@ class LogprobFromLogits(torch.autograd.Function):
     """(logprob, logsumexp, entropy); the gradient recomputes p from the logits it was given."""
 
     @staticmethod
-    def forward(ctx, logits, targets, row_temperature, temperature, ignore_index, want_entropy):
+    def forward(ctx, logits, targets, row_temperature, scalars, want_entropy):
+        """scalars: (temperature, logit_scale, softcap, ignore_index)."""
         # float64 is for checking formulas: the reference alone computes in it
         double = logits.dtype == torch.float64
         run = reference.forward if double else torch.ops.rlkern.logprob_from_logits_fwd
-        args = (logits, targets, row_temperature, temperature, ignore_index, want_entropy)
-        logprob, logsumexp, entropy = run(*args)
-        ctx.save_for_backward(logits, targets, logsumexp, entropy, row_temperature)
-        ctx.constants = (temperature, ignore_index)
+        outputs = run(logits, targets, row_temperature, *scalars, want_entropy)
+        ctx.save_for_backward(logits, targets, *outputs[1:], row_temperature)
+        ctx.scalars = scalars
         ctx.set_materialize_grads(False)
-        return logprob, logsumexp, entropy
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -62,4 +63,4 @@ class LogprobFromLogits(torch.autograd.Function):
             for g in (grad_logprob, grad_logsumexp, grad_entropy)
         ]
         saved = (logits, targets, logsumexp, entropy, row_temperature)
-        return run(*grads, *saved, *ctx.constants), None, None, None, None, None
+        return run(*grads, *saved, *ctx.scalars), *(None,) * 4

@@ -1,6 +1,7 @@
 """Log-prob, logsumexp and entropy of logits in plain torch: the specification.
 
-    z = logits / temperature,  p = softmax(z)
+    y = logit_scale logits, then softcap tanh(y / softcap) where softcap > 0
+    z = y / temperature,  p = softmax(z)
     logprob = z[target] - logsumexp(z),  entropy = logsumexp(z) - sum_j p_j z_j
 
 Computed in float32, or in float64 for float64 logits. A logit of -inf is a token of probability
@@ -16,10 +17,13 @@ def forward(
     targets: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scaled = _scaled(logits, row_temperature, temperature)
+    y, _ = _capped(logits, logit_scale, softcap)
+    scaled = y / _column(row_temperature, temperature)
     logsumexp = torch.logsumexp(scaled, dim=-1)
     in_vocab, safe = _targets(scaled, targets)
     if logits.shape[-1] == 0:
@@ -46,10 +50,16 @@ def backward(
     entropy: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int,
 ) -> Tensor:
-    """d logits = (a (1[j = t] - p) - b p (log p + H) + c p) / temperature, in the logits' dtype."""
-    scaled = _scaled(logits, row_temperature, temperature)
+    """In the logits' dtype, with dy / dx the slope of scale and soft cap:
+
+    d logits = (a (1[j = t] - p) - b p (log p + H) + c p) / temperature dy / dx
+    """
+    y, slope = _capped(logits, logit_scale, softcap)
+    scaled = y / _column(row_temperature, temperature)
     log_p = scaled - logsumexp[:, None].to(scaled.dtype)
     p = log_p.exp()
     grad = torch.zeros_like(scaled)
@@ -63,13 +73,22 @@ def backward(
     if grad_entropy is not None:
         h = torch.where(p == 0, 0.0, log_p) + entropy[:, None]
         grad = grad - grad_entropy[:, None] * p * h
-    grad = grad / (temperature if row_temperature is None else row_temperature[:, None])
-    return grad.to(logits.dtype)
+    return (grad / _column(row_temperature, temperature) * slope).to(logits.dtype)
 
 
-def _scaled(logits: Tensor, row_temperature: Tensor | None, temperature: float) -> Tensor:
-    scaled = logits if logits.dtype == torch.float64 else logits.float()
-    return scaled / (temperature if row_temperature is None else row_temperature[:, None])
+def _capped(logits: Tensor, logit_scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """y and dy / dx."""
+    y = logits if logits.dtype == torch.float64 else logits.float()
+    # a scale of 1 must leave -inf alone, and every bit
+    y = y if logit_scale == 1 else y * logit_scale
+    if softcap == 0:
+        return y, logit_scale
+    t = torch.tanh(y / softcap)
+    return softcap * t, logit_scale * (1 - t * t)
+
+
+def _column(row_temperature: Tensor | None, temperature: float) -> Tensor | float:
+    return temperature if row_temperature is None else row_temperature[:, None]
 
 
 def _targets(scaled: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

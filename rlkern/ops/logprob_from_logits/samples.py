@@ -18,9 +18,15 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
     def targets(rows: int, vocab: int) -> Tensor:
         return torch.randint(vocab, (rows,), generator=random).to(device)
 
-    def case(logits: Tensor, temperature: float = 1.0, rows: Tensor | None = None) -> tuple:
+    def case(
+        logits: Tensor,
+        temperature: float = 1.0,
+        rows: Tensor | None = None,
+        scale: float = 1.0,
+        cap: float = 0.0,
+    ) -> tuple:
         chosen = targets(*logits.shape) if logits.shape[1] else torch.zeros(0, dtype=torch.int64)
-        return logits, chosen.to(device), rows, temperature, IGNORE, True
+        return logits, chosen.to(device), rows, temperature, scale, cap, IGNORE, True
 
     yield "plain", case(normal(5, 40))
     yield "odd vocabulary", case(normal(3, 2049), 0.7)
@@ -46,19 +52,21 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
     yield "ignored rows", (logits, chosen, *rest)
     yield "permuted", case(normal(40, 2, 9).permute(1, 0, 2)[1])
     yield "rows with a gap", case(normal(7, 130)[::2, :100])
-    yield "no entropy", (*case(normal(4, 90), 0.9)[:5], False)
+    yield "scaled", case(normal(4, 90), 0.9, None, 0.25)
+    yield "soft cap", case(normal(5, 2100, scale=20.0), 0.8, None, 1.5, 30.0)
+    yield "no entropy", (*case(normal(4, 90), 0.9)[:-1], False)
 
 
 def backward_inputs(args: tuple, outputs: tuple, seed: int = 1) -> tuple:
     """Arguments of backward for random upstream gradients of either sign."""
-    logits, targets, rows, temperature, ignore_index, want_entropy = args
+    logits, targets, rows, *scalars, want_entropy = args
     logprob, logsumexp, entropy = outputs
     random = torch.Generator().manual_seed(seed)
     grads = [
         torch.randn(logprob.shape, generator=random).to(logprob) if wanted else None
         for wanted in (True, True, want_entropy)
     ]
-    return (*grads, logits, targets, logsumexp, entropy, rows, temperature, ignore_index)
+    return (*grads, logits, targets, logsumexp, entropy, rows, *scalars)
 
 
 def bytes_and_flops(rows: int, vocab: int, itemsize: int) -> tuple[int, int]:

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkern.ops._triton import inverse, softcap_slope, softcapped
+
 # The largest block of which a row of float32 stays in registers at eight warps.
 BLOCK = 4096
 # Below this, exp is 0 in float32: clamping there keeps 0 * -inf out of the entropy.
@@ -22,15 +24,18 @@ def _forward_kernel(
     vocab,
     stride,
     temperature,
+    logit_scale,
+    softcap,
     ignore_index,
+    HAS_CAP: tl.constexpr,
     WANT_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     # int64: T * V passes 2^31 at 128 k vocabulary and 16 k tokens
     row = tl.program_id(0).to(tl.int64)
-    inv = 1.0 / temperature
     if row_temperature is not None:
-        inv = 1.0 / tl.load(row_temperature + row)
+        temperature = tl.load(row_temperature + row)
+    inv = inverse(temperature, logit_scale, HAS_CAP)
     base = logits + row * stride
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
@@ -38,6 +43,9 @@ def _forward_kernel(
     for start in range(0, vocab, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         x = tl.load(base + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
+        if HAS_CAP:
+            x = softcapped(x, logit_scale, softcap)
+            x = tl.where(column < vocab, x, float("-inf"))
         new_top = tl.maximum(top, tl.max(x, 0))
         # while all logits are -inf any finite reference point gives sums of 0
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -55,7 +63,10 @@ def _forward_kernel(
     target = tl.load(targets + row)
     in_vocab = (target >= 0) & (target < vocab)
     hit = tl.load(base + tl.where(in_vocab, target, 0), mask=in_vocab, other=float("nan"))
-    value = (hit.to(tl.float32) - top) * inv - log_sum
+    hit = hit.to(tl.float32)
+    if HAS_CAP:
+        hit = softcapped(hit, logit_scale, softcap)
+    value = (hit - top) * inv - log_sum
     tl.store(logprob + row, tl.where(target == ignore_index, 0.0, value))
     tl.store(logsumexp + row, top * inv + log_sum)
     if WANT_ENTROPY:
@@ -76,13 +87,16 @@ def _backward_kernel(
     vocab,
     stride,
     temperature,
+    logit_scale,
+    softcap,
     ignore_index,
+    HAS_CAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    inv = 1.0 / temperature
     if row_temperature is not None:
-        inv = 1.0 / tl.load(row_temperature + row)
+        temperature = tl.load(row_temperature + row)
+    inv = inverse(temperature, logit_scale, HAS_CAP)
     target = tl.load(targets + row)
     a = 0.0
     if grad_logprob is not None:
@@ -98,11 +112,16 @@ def _backward_kernel(
     lse = tl.load(logsumexp + row)
     column = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     x = tl.load(logits + row * stride + column, mask=column < vocab, other=0.0).to(tl.float32)
+    if HAS_CAP:
+        x = softcapped(x, logit_scale, softcap)
     log_p = x * inv - lse
     log_p = tl.where(log_p < UNDERFLOW, UNDERFLOW, log_p)
     d = tl.exp(log_p) * (constant - b * log_p) + tl.where(column == target, a, 0.0)
+    d = d * inv
+    if HAS_CAP:
+        d = d * softcap_slope(x, logit_scale, softcap)
     out = grad_logits + row * vocab + column
-    tl.store(out, (d * inv).to(grad_logits.dtype.element_ty), mask=column < vocab)
+    tl.store(out, d.to(grad_logits.dtype.element_ty), mask=column < vocab)
 
 
 def forward(
@@ -110,6 +129,8 @@ def forward(
     targets: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int,
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +149,10 @@ def forward(
             vocab,
             logits.stride(0),
             temperature,
+            logit_scale,
+            softcap,
             ignore_index,
+            HAS_CAP=softcap > 0,
             WANT_ENTROPY=want_entropy,
             BLOCK_V=_block(vocab),
             num_warps=8,
@@ -146,6 +170,8 @@ def backward(
     entropy: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int,
 ) -> Tensor:
     rows, vocab = logits.shape
@@ -165,7 +191,10 @@ def backward(
             vocab,
             logits.stride(0),
             temperature,
+            logit_scale,
+            softcap,
             ignore_index,
+            HAS_CAP=softcap > 0,
             BLOCK_V=block,
             num_warps=8,
         )
