@@ -126,6 +126,36 @@ def test_float32_values_and_gradients_are_the_peers(name, parity):
     )
 
 
+def test_softcap_and_logit_scale_are_trls(parity):
+    """The other peers have neither."""
+    pytest.importorskip("trl")
+    from trl.kernels import ChunkedLogProbFunction
+
+    *tensors, targets = hidden_states(torch.float32)
+    options = {"softcap": 8.0, "logit_scale": 0.5, "temperature": TEMPERATURE}
+
+    def theirs(hidden, weight):
+        return ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, TEMPERATURE, 1024, 8.0, 0.5, ("log_probs", "entropy")
+        )
+
+    def ours(hidden, weight):
+        out = rlkern.linear_logprob(hidden, weight, targets, outputs=BOTH, **options)
+        return out.logprob, out.entropy
+
+    grads = upstream(entropy=True)
+    got, want = (run(call, tensors, (), grads) for call in (ours, theirs))
+    parity(
+        "log-probs",
+        "TRL ChunkedLogProbFunction",
+        f"float32, soft-capped and scaled, {SHAPE}",
+        rlkern=", ".join(f"{key}={value}" for key, value in options.items()),
+        value=max(distance(a, b) for a, b in zip(got[0], want[0])),
+        gradient=max(relative(a, b) for a, b in zip(got[1], want[1])),
+        budget=FLOAT32_BUDGET,
+    )
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_bfloat16_is_closer_to_float64_than_the_peer(name, parity):
     """Peers round logits or outputs to bfloat16 on the way; the gap is theirs, and bounded."""

@@ -42,9 +42,18 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(tokenizer) -> transformers.PreTrainedModel:
+# what each does to its logits before the softmax
+MODELS = {
+    "Qwen3": {},
+    "Gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
+    "Granite": {"logits_scaling": 0.25},
+}
+
+
+def tiny_model(tokenizer, name: str = "Qwen3") -> transformers.PreTrainedModel:
     torch.manual_seed(1)
-    config = transformers.Qwen3Config(
+    config = transformers.AutoConfig.for_model(
+        name.lower(),
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -55,15 +64,18 @@ def tiny_model(tokenizer) -> transformers.PreTrainedModel:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,
+        **MODELS[name],
     )
-    return transformers.Qwen3ForCausalLM(config)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def even_words(completion_ids, **_) -> list[float]:
     return [sum(i % 2 == 0 for i in ids) / (1 + len(ids)) for ids in completion_ids]
 
 
-def trainer(folder, cls=GRPOTrainer, reward=even_words, **options) -> GRPOTrainer:
+def trainer(
+    folder, cls=GRPOTrainer, reward=even_words, model: str = "Qwen3", **options
+) -> GRPOTrainer:
     chosen = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -84,7 +96,7 @@ def trainer(folder, cls=GRPOTrainer, reward=even_words, **options) -> GRPOTraine
     draw = random.Random(0)
     prompts = [" ".join(draw.choices(WORDS, k=5)) for _ in range(16)]
     return cls(
-        model=tiny_model(tokenizer),
+        model=tiny_model(tokenizer, model),
         reward_funcs=reward,
         args=GRPOConfig(**(chosen | options)),
         train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
@@ -309,11 +321,17 @@ class LinearLogprobHead:
     ):
         cls.calls += 1
         asked = set(outputs) - {"log_probs", "entropy"}
-        if bias is not None or final_logit_softcapping is not None or asked:
-            raise NotImplementedError(f"bias, softcap or {sorted(asked)}")
+        if bias is not None or asked:
+            raise NotImplementedError(f"a bias, or {sorted(asked)}")
         wanted = ("logprob", "entropy") if "entropy" in outputs else ("logprob",)
         out = rlkern.linear_logprob(
-            hidden, weight, targets, temperature=temperature / logit_scale, outputs=wanted
+            hidden,
+            weight,
+            targets,
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            outputs=wanted,
         )
         return out.logprob, out.entropy, None, None, None
 
@@ -332,6 +350,8 @@ RUNS = {
         "num_iterations": 2,
         "temperature": 0.7,
     },
+    "soft-capped logits": {"model": "Gemma2", "loss_type": "dapo", "num_iterations": 2},
+    "scaled logits": {"model": "Granite", "loss_type": "dapo", "num_iterations": 2},
 }
 STEPS = 20
 
@@ -353,7 +373,9 @@ def test_a_training_run_is_the_same_behind_the_hook(name, tmp_path, parity, monk
 
     options = RUNS[name]
     before, before_weights = train(tmp_path / "trl", **options)
-    start = torch.cat([p.detach().flatten() for p in tiny_model(tiny_tokenizer()).parameters()])
+    model = options.get("model", "Qwen3")
+    fresh = tiny_model(tiny_tokenizer(), model)
+    start = torch.cat([p.detach().flatten() for p in fresh.parameters()])
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", LinearLogprobHead)
     monkeypatch.setattr(LinearLogprobHead, "calls", 0)
     after, after_weights = train(tmp_path / "rlkern", **options)
@@ -371,7 +393,7 @@ def test_a_training_run_is_the_same_behind_the_hook(name, tmp_path, parity, monk
     parity(
         "training run",
         f"TRL GRPOTrainer, {name}",
-        f"{STEPS} steps of a tiny Qwen3: every logged figure; final weights",
+        f"{STEPS} steps of a tiny {model}: every logged figure; final weights",
         rlkern="linear_logprob behind _ChunkedLogProbFunction",
         value=worst,
         gradient=(after_weights - before_weights).abs().max().item(),
