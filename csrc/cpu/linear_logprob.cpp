@@ -11,8 +11,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "check.h"
 #include "dispatch.h"
@@ -51,32 +53,33 @@ struct Matrix {
 
   explicit Matrix(const Tensor& t)
       : data(t.const_data_ptr<T>()), rows(t.size(0)), columns(t.size(1)), stride(t.stride(0)) {}
+  Matrix(const T* data, int64_t rows, int64_t columns)
+      : data(data), rows(rows), columns(columns), stride(columns) {}
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
-// What every pass needs of the tokens: padded to whole panels.
+// What every pass needs of the tokens that it visits: padded to whole panels.
 struct Tokens {
   int64_t count, padded;
   std::unique_ptr<float[]> inv_temperature;
   std::unique_ptr<int32_t[]> target;
   Softcap softcap;
 
-  Tokens(const Tensor& targets, const std::optional<Tensor>& row_temperature, double temperature,
-         Softcap cap, int64_t vocab, int64_t ignore_index, int panel)
-      : count(targets.size(0)),
+  Tokens(const std::vector<int64_t>& visited, const int64_t* wanted,
+         const std::optional<Tensor>& row_temperature, double temperature, Softcap cap,
+         int64_t vocab, int64_t ignore_index, int panel)
+      : count(visited.size()),
         padded(round_up(count, panel)),
         inv_temperature(scratch<float>(padded)),
         target(scratch<int32_t>(padded)),
         softcap(cap) {
-    const int64_t* wanted = targets.const_data_ptr<int64_t>();
     const float* rows = row_temperature ? row_temperature->const_data_ptr<float>() : nullptr;
-    for (int64_t t = 0; t < padded; ++t) {
-      const bool real = t < count;
-      const float value = real && rows ? rows[t] : static_cast<float>(temperature);
-      inv_temperature[t] = softcap.inverse(value);
-      const bool in_vocab =
-          real && wanted[t] >= 0 && wanted[t] < vocab && wanted[t] != ignore_index;
-      target[t] = in_vocab ? static_cast<int32_t>(wanted[t]) : -1;
+    std::fill_n(inv_temperature.get(), padded, 1.0f);
+    std::fill_n(target.get(), padded, -1);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t row = visited[t], id = wanted[row];
+      inv_temperature[t] = softcap.inverse(rows ? rows[row] : static_cast<float>(temperature));
+      if (id >= 0 && id < vocab && id != ignore_index) target[t] = static_cast<int32_t>(id);
     }
   }
   TokenInputs at(int64_t t) const { return {inv_temperature.get() + t, target.get() + t, softcap}; }
@@ -163,8 +166,11 @@ void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const Tensor
   const TileKernels<Unit, T> kernels = tile_kernels<Unit, T>();
   const int panel = kernels.panel;
   const int64_t vocab = weight.rows, units = units_of<Unit>(hidden.columns);
-  const Tokens tokens(targets, row_temperature, temperature, softcap, vocab, ignore_index, panel);
   const int64_t* wanted = targets.const_data_ptr<int64_t>();
+  std::vector<int64_t> all(hidden.rows);
+  std::iota(all.begin(), all.end(), 0);
+  const Tokens tokens(all, wanted, row_temperature, temperature, softcap, vocab, ignore_index,
+                      panel);
   const int64_t chunk_rows =
       round_up(std::max(kMinChunkRows, (vocab + kMaxChunks - 1) / kMaxChunks), kernels.rows);
   const int64_t chunks = (vocab + chunk_rows - 1) / chunk_rows;
@@ -183,11 +189,11 @@ void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const Tensor
     };
     parallel(chunks, [&](int64_t from, int64_t to) {
       for (int64_t chunk = from; chunk < to; ++chunk) {
-        const TokenStats all = stats_of(chunk, 0);
-        std::fill_n(all.max, width, -INFINITY);
-        std::fill_n(all.sum, width, 0.0f);
-        std::fill_n(all.dot, width, 0.0f);
-        std::fill_n(all.target_logit, width, NAN);
+        const TokenStats stats = stats_of(chunk, 0);
+        std::fill_n(stats.max, width, -INFINITY);
+        std::fill_n(stats.sum, width, 0.0f);
+        std::fill_n(stats.dot, width, 0.0f);
+        std::fill_n(stats.target_logit, width, NAN);
         rows_of.for_blocks(chunk * chunk_rows, std::min(vocab, (chunk + 1) * chunk_rows),
                            [&](const Unit* w, int64_t stride, int64_t first, int64_t rows) {
                              for (int64_t p = 0; p < panels; ++p)
@@ -220,35 +226,57 @@ const float* optional_data(const std::optional<Tensor>& t) {
 
 struct Upstream {
   const float *logprob, *logsumexp, *entropy;
+
+  // Tokens with any gradient at all: advantages of 0 and clipped ratios leave many without.
+  std::vector<int64_t> live(const int64_t* wanted, int64_t ignore_index, int64_t count) const {
+    std::vector<int64_t> rows;
+    rows.reserve(count);
+    for (int64_t t = 0; t < count; ++t) {
+      const bool any = (logprob && wanted[t] != ignore_index && logprob[t] != 0.0f) ||
+                       (logsumexp && logsumexp[t] != 0.0f) || (entropy && entropy[t] != 0.0f);
+      if (any) rows.push_back(t);
+    }
+    return rows;
+  }
 };
 
 template <class Unit, class T>
-void backward_rows(Upstream upstream, const Matrix<T>& hidden, const Matrix<T>& weight,
+void backward_rows(Upstream upstream, const Matrix<T>& given, const Matrix<T>& weight,
                    const Tensor& targets, const float* logsumexp, const float* entropy,
                    const std::optional<Tensor>& row_temperature, double temperature,
                    Softcap softcap, int64_t ignore_index, T* grad_hidden, T* grad_weight) {
   constexpr int64_t kPer = kPerUnit<Unit>;
   const TileKernels<Unit, T> kernels = tile_kernels<Unit, T>();
   const int panel = kernels.panel;
-  const int64_t vocab = weight.rows, depth = hidden.columns, units = units_of<Unit>(depth);
-  const Tokens tokens(targets, row_temperature, temperature, softcap, vocab, ignore_index, panel);
+  const int64_t vocab = weight.rows, depth = given.columns, units = units_of<Unit>(depth);
   const int64_t* wanted = targets.const_data_ptr<int64_t>();
+  const std::vector<int64_t> live = upstream.live(wanted, ignore_index, given.rows);
+  const Tokens tokens(live, wanted, row_temperature, temperature, softcap, vocab, ignore_index,
+                      panel);
   const int64_t padded = tokens.padded;
+  // rows without a gradient drop out of all three products
+  const bool gathers = tokens.count < given.rows;
+  auto gathered = gathers ? scratch<T>(tokens.count * depth) : nullptr;
+  if (gathers)
+    for (int64_t t = 0; t < tokens.count; ++t)
+      std::copy_n(given.row(live[t]), depth, gathered.get() + t * depth);
+  const Matrix<T> hidden = gathers ? Matrix<T>(gathered.get(), tokens.count, depth) : given;
 
   auto token_grads = scratch<float>(4 * padded);
   float* fields[4];
   for (int i = 0; i < 4; ++i) fields[i] = token_grads.get() + i * padded;
   std::fill_n(fields[0], 4 * padded, 0.0f);
   for (int64_t t = 0; t < tokens.count; ++t) {
-    const bool ignored = wanted[t] == ignore_index;
-    const SoftmaxGrad g(upstream.logprob && !ignored ? upstream.logprob[t] : 0.0f,
-                        upstream.entropy ? upstream.entropy[t] : 0.0f,
-                        upstream.logsumexp ? upstream.logsumexp[t] : 0.0f,
-                        upstream.entropy ? entropy[t] : 0.0f);
+    const int64_t row = live[t];
+    const bool ignored = wanted[row] == ignore_index;
+    const SoftmaxGrad g(upstream.logprob && !ignored ? upstream.logprob[row] : 0.0f,
+                        upstream.entropy ? upstream.entropy[row] : 0.0f,
+                        upstream.logsumexp ? upstream.logsumexp[row] : 0.0f,
+                        upstream.entropy ? entropy[row] : 0.0f);
     fields[0][t] = g.target;
     fields[1][t] = g.constant;
     fields[2][t] = g.entropy;
-    fields[3][t] = logsumexp[t];
+    fields[3][t] = logsumexp[row];
   }
 
   const int64_t block = kTokenBlock / panel * panel;
@@ -327,9 +355,10 @@ void backward_rows(Upstream upstream, const Matrix<T>& hidden, const Matrix<T>& 
     }
   }
   if (grad_hidden) {
+    if (gathers) std::fill_n(grad_hidden, given.rows * depth, T(0.0f));
     parallel(tokens.count, [&](int64_t from, int64_t to) {
       for (int64_t t = from; t < to; ++t)
-        kernels.convert_row(hidden_sum.get() + t * wide, grad_hidden + t * depth, depth);
+        kernels.convert_row(hidden_sum.get() + t * wide, grad_hidden + live[t] * depth, depth);
     });
   }
 }

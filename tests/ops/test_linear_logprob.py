@@ -156,6 +156,36 @@ def test_equals_torch_and_differentiates(device):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
 
 
+def test_rows_without_a_gradient_drop_out_exactly():
+    """Not multiplied by zero: what they hold does not matter."""
+    hidden, weight = torch.randn(40, 16), torch.randn(90, 16)
+    targets = torch.randint(90, (40,))
+    live = torch.arange(0, 40, 3)
+    hidden[1::3] = float("nan")
+    upstream = torch.zeros(2, 40)
+    upstream[:, live] = torch.randn(2, len(live))
+    targets[2::3], upstream[0, 2::3] = -100, 1.0  # a gradient into an ignored row is none
+    _, lse, entropy = torch.ops.rlkern.linear_logprob_fwd(
+        hidden, weight, targets, None, *PLAIN, True
+    )
+
+    def backward(rows):
+        grads = (upstream[0, rows], None, upstream[1, rows])
+        saved = (hidden[rows], weight, targets[rows], lse[rows], entropy[rows], None, *PLAIN)
+        return torch.ops.rlkern.linear_logprob_bwd(*grads, *saved, True, True)
+
+    got, want = backward(torch.arange(40)), backward(live)
+    assert_same_bits("weight", got[1], want[1])
+    assert_same_bits("hidden", got[0][live], want[0])
+    dead = torch.ones(40, dtype=torch.bool)
+    dead[live] = False
+    assert (got[0][dead] == 0).all()
+    none = torch.zeros(40)
+    saved = (hidden, weight, targets, lse, entropy, None, *PLAIN, True, True)
+    for grad in torch.ops.rlkern.linear_logprob_bwd(none, None, none, *saved):
+        assert (grad == 0).all()
+
+
 @pytest.mark.parametrize(("train_hidden", "train_weight"), [(True, False), (False, True)])
 def test_frozen_inputs_get_no_gradient(train_hidden, train_weight):
     hidden = torch.randn(5, 8, requires_grad=train_hidden)
