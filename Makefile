@@ -1,7 +1,7 @@
 # make train   a language model learns to sort by RL, on this machine
 # make test    every test
 # make test-peers  against TRL, verl and Liger, in a venv of their own
-# Both begin with `make setup`, which does nothing when nothing has changed.
+# All begin with `make setup`, which does nothing when nothing has changed.
 
 PYTHON ?= python3
 # The CPU build where the index offers it under this version; any torch >= 2.10 works.

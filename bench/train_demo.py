@@ -1,6 +1,6 @@
 """The demo on five seeds and its null control, through the command line, into one JSON.
 
-    python -m bench.train_demo            # bench/results/<machine>/demo.json
+python -m bench.train_demo            # bench/results/<machine>/demo.json
 """
 
 import argparse

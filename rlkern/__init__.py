@@ -6,6 +6,7 @@ from rlkern.ops.linear_logprob import linear_logprob
 from rlkern.ops.logprob_from_logits import logprob_from_logits
 from rlkern.ops.policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
 from rlkern.ops.segment_reduce import segment_reduce
+from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
 
 __version__ = "0.1.0"
 
@@ -18,4 +19,5 @@ __all__ = [
     "logprob_from_logits",
     "policy_loss",
     "segment_reduce",
+    "sparse_linear_logprob",
 ]

@@ -1,0 +1,115 @@
+"""Token log-probs under the tokens that a sampler kept, from hidden states and those rows alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlkern import _check
+from rlkern.ops import _logprob
+from rlkern.ops._logprob import LogprobOutput
+from rlkern.ops.sparse_linear_logprob.op import SparseLinearLogprob
+
+_OP = "sparse_linear_logprob"
+
+
+def sparse_linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    kept_ids: Tensor,
+    kept_offsets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    outputs: Sequence[str] = ("logprob",),
+    ignore_index: int = -100,
+) -> LogprobOutput:
+    """Log-prob of each target among the tokens that its row kept (top-k, top-p, min-p replay).
+
+        K = kept_ids[kept_offsets[t] : kept_offsets[t + 1]]
+        z = hidden[t] @ weight[K]^T / temperature
+        logprob = z[target] - logsumexp(z);  entropy = -sum_j p_j log p_j,  p = softmax(z)
+
+    Equivalent torch program, which reads the whole head and holds (T, V) tensors::
+
+        z = hidden.float() @ weight.float().T / temperature
+        logp = z.masked_fill(~kept, -inf).log_softmax(-1)     # kept: (T, V) bool
+        logprob = logp.gather(-1, targets[:, None])[:, 0]
+
+    Only the kept rows of weight are read, and no other row of its gradient differs from 0. Inputs
+    of 16 bits are multiplied exactly and summed in float32; so are gradients, rounded once.
+
+    Args:
+        hidden: (T, H) float32, bfloat16 or float16. float64 is computed by the reference.
+        weight: (V, H) in the same dtype: the LM head.
+        targets: (T,) int64 or int32. A row equal to ignore_index has log-prob 0; any other target
+            outside [0, V) gives NaN. A target that its row did not keep has probability 0 and
+            log-prob -inf. None of these has a gradient through the log-prob.
+        kept_ids: (N,) int64 or int32, the kept tokens of row 0, then of row 1, ..., as vLLM emits
+            sampling masks; in any order, distinct within a row (an id that stands twice counts
+            twice). Ids outside [0, V) are ignored.
+        kept_offsets: (T + 1,) int64 or int32, from 0 to N, not decreasing. The values are checked
+            on the CPU only; elsewhere, and under torch.compile, slots outside of all rows are
+            ignored.
+        temperature: a positive number, or a (T,) tensor of them; not differentiated.
+        outputs: which of "logprob", "entropy" (nats), "logsumexp" (of z) to return, all under the
+            kept set.
+        ignore_index: the target that marks a row without a token.
+
+    Returns:
+        LogprobOutput of float32 (T,) tensors, None where not asked. All three are differentiable
+        with respect to hidden and weight; the gradient of weight is dense. A row that kept nothing
+        has logsumexp -inf, entropy 0, and log-prob NaN unless it is ignored.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or name that does not fit.
+
+    Two runs give the same bits, with and without gradients, and with any number of threads. A row's
+    result does not depend on the other rows.
+    """
+    _check.tensor(_OP, "hidden", hidden)
+    _check.tensor(_OP, "weight", weight)
+    _check.dtype(_OP, "hidden", hidden, _check.FLOATS)
+    _check.dtype(_OP, "weight", weight, (hidden.dtype,))
+    _check.ndim(_OP, "hidden", hidden, "(T, H)")
+    _check.ndim(_OP, "weight", weight, "(V, H)")
+    _check.shape(_OP, "weight", weight, (weight.shape[0], hidden.shape[1]), "(V, H)")
+    _check.same_device(_OP, "weight", weight, "hidden", hidden.device)
+    _logprob.check_rows(_OP, hidden, "hidden", targets)
+    for name, value in (("kept_ids", kept_ids), ("kept_offsets", kept_offsets)):
+        _check.tensor(_OP, name, value)
+        _check.dtype(_OP, name, value, _check.INTEGERS)
+        _check.same_device(_OP, name, value, "hidden", hidden.device)
+    _check.ndim(_OP, "kept_ids", kept_ids, "(N,)")
+    _check.shape(_OP, "kept_offsets", kept_offsets, (hidden.shape[0] + 1,), "(T + 1,)")
+    if kept_offsets.is_cpu and not torch.compiler.is_compiling():
+        _check_bounds(kept_offsets, kept_ids.shape[0])
+    _logprob.check_outputs(_OP, outputs)
+    rows, scalar = _logprob.split_temperature(_OP, temperature, hidden, "hidden")
+    if hidden.stride(-1) != 1:
+        hidden = hidden.contiguous()
+    if weight.stride(-1) != 1:
+        weight = weight.contiguous()
+    differentiates = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    stats = SparseLinearLogprob.apply(
+        hidden,
+        weight,
+        targets.long().contiguous(),
+        kept_ids.contiguous(),
+        kept_offsets.long().contiguous(),
+        rows,
+        scalar,
+        ignore_index,
+        "entropy" in outputs,
+        differentiates,
+    )
+    return _logprob.select(outputs, *stats)
+
+
+def _check_bounds(kept_offsets: Tensor, slots: int) -> None:
+    first, last = int(kept_offsets[0]), int(kept_offsets[-1])
+    if first == 0 and last == slots and bool((kept_offsets.diff() >= 0).all()):
+        return
+    bounds = kept_offsets.tolist()
+    got = bounds if len(bounds) <= 8 else f"{str(bounds[:4])[:-1]}, ..., {bounds[-1]}]"
+    _check.fail(_OP, "kept_offsets", f"to rise from 0 to N = {slots}", got)
