@@ -90,11 +90,13 @@ RLK_HD void set_units(Pair* out, const bf16* even, const bf16* odd) {
   std::memcpy(static_cast<void*>(out), &pairs, sizeof pairs);
 }
 
-// 16 registers of 128 bits: two rows of one 16-lane vector
+// 16 registers of 128 bits
 #define RLK_ISA isa_default
 #define RLK_TARGET
+#define RLK_FLOATS f32x4
+#define RLK_INTS i32x4
 #define RLK_ROWS 2
-#define RLK_VECTORS 1
+#define RLK_VECTORS 4
 #define RLK_HAS_BF16_DOT 0
 #include "matmul_tile.h"
 
@@ -102,14 +104,18 @@ RLK_HD void set_units(Pair* out, const bf16* even, const bf16* odd) {
 // 16 registers of 256 bits: eight accumulators hide the latency of two FMA units
 #define RLK_ISA isa_avx2
 #define RLK_TARGET __attribute__((target("avx2,fma,f16c")))
+#define RLK_FLOATS f32x8
+#define RLK_INTS i32x8
 #define RLK_ROWS 4
-#define RLK_VECTORS 1
+#define RLK_VECTORS 2
 #define RLK_HAS_BF16_DOT 0
 #include "matmul_tile.h"
 
 // 32 registers of 512 bits: 24 accumulators, a unit loaded for three products
 #define RLK_ISA isa_avx512
 #define RLK_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
+#define RLK_FLOATS f32x16
+#define RLK_INTS i32x16
 #define RLK_ROWS 8
 #define RLK_VECTORS 3
 #define RLK_HAS_BF16_DOT 0
@@ -117,6 +123,8 @@ RLK_HD void set_units(Pair* out, const bf16* even, const bf16* odd) {
 
 #define RLK_ISA isa_avx512_bf16
 #define RLK_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,avx512bf16")))
+#define RLK_FLOATS f32x16
+#define RLK_INTS i32x16
 #define RLK_ROWS 8
 #define RLK_VECTORS 3
 #define RLK_HAS_BF16_DOT 1

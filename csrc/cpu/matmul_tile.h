@@ -1,22 +1,25 @@
 // One register tile of a matrix product, and what linear_logprob does with it while it is in L1.
 //
 // Included once per instruction set, with RLK_ISA (a namespace), RLK_TARGET (the target attribute),
-// RLK_ROWS x RLK_VECTORS (the register tile) and RLK_HAS_BF16_DOT defined; hence no include guard.
+// RLK_FLOATS and RLK_INTS (vectors as wide as its registers), RLK_ROWS x RLK_VECTORS (the register
+// tile) and RLK_HAS_BF16_DOT defined; hence no include guard.
 //
 // C[r][n] = sum_k A[r][k] B[k][n], accumulated in float32 in the order of k, whatever the blocking.
 // Both operands come in 32-bit units: a float is one k, a pair of bfloat16 two neighbouring ones.
 //   A  any strides: a unit is broadcast, so nothing is gained by packing it
-//   B  packed panels [unit][kPanel]: kPanel columns of C, one 16-lane vector after another
+//   B  packed panels [unit][kPanel]: kPanel columns of C, one vector after another
 
 namespace RLK_ISA {
 
+using V = RLK_FLOATS;
+using I = RLK_INTS;
 constexpr int kRows = RLK_ROWS;
 constexpr int kVectors = RLK_VECTORS;
-constexpr int kPanel = kVectors * kLanes;
+constexpr int kWidth = sizeof(V) / sizeof(float);
+constexpr int kPanel = kVectors * kWidth;
 
-RLK_TARGET static inline __attribute__((always_inline)) f32x16 dot(f32x16 acc, float a,
-                                                                   const float* b) {
-  return acc + a * load(b);
+RLK_TARGET static inline __attribute__((always_inline)) V dot(V acc, float a, const float* b) {
+  return acc + a * load_as<V>(b);
 }
 
 #if RLK_HAS_BF16_DOT
@@ -34,24 +37,24 @@ RLK_TARGET static __attribute__((noinline)) void multiply(const Unit* a, int64_t
                                                           int64_t unit_stride, const Unit* b,
                                                           int64_t units, float* c, int64_t c_stride,
                                                           bool add) {
-  f32x16 acc[kRows][kVectors];
+  V acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
-      acc[r][v] = add ? load(c + r * c_stride + v * kLanes) : splat(0.0f);
+      acc[r][v] = add ? load_as<V>(c + r * c_stride + v * kWidth) : V{};
   for (int64_t k = 0; k < units; ++k, a += unit_stride, b += kPanel) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Unit value = a[r * row_stride];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = dot(acc[r][v], value, b + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = dot(acc[r][v], value, b + v * kWidth);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kLanes, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) store_as(c + r * c_stride + v * kWidth, acc[r][v]);
 }
 
 // Logits of kRows vocabulary rows for one panel of tokens, as the softmax sees them.
@@ -61,8 +64,8 @@ RLK_TARGET static inline __attribute__((always_inline)) void tile_logits(
     float* logits) {
   multiply(weight, row_stride, 1, hidden, units, logits, kPanel, false);
   if (softcap.on())
-    for (int i = 0; i < kRows * kPanel; i += kLanes)
-      store(logits + i, softcap.apply(load(logits + i)));
+    for (int i = 0; i < kRows * kPanel; i += kWidth)
+      store_as(logits + i, softcap.apply(load_as<V>(logits + i)));
 }
 
 // Logits of `rows` vocabulary rows for one panel of tokens, folded into the panel's statistics.
@@ -76,47 +79,48 @@ RLK_TARGET static void fold_logits(const Unit* weight, int64_t row_stride, int64
     const int count = static_cast<int>(std::min<int64_t>(kRows, rows - row));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t t = v * kLanes;
-      const f32x16 inv = load(token.inv_temperature + t);
-      const f32x16 old_max = load(stats.max + t);
-      f32x16 top = old_max;
-      for (int r = 0; r < count; ++r) top = vmax(load(logits + r * kPanel + t), top);
-      f32x16 shift = (old_max - top) * inv;
-      shift = shift < kExpUnderflow ? splat(kExpUnderflow) : shift;
-      const f32x16 scale = exp(shift);
-      f32x16 sum = load(stats.sum + t);
-      f32x16 dotted = scale * (load(stats.dot + t) + sum * shift);
+      const int64_t t = v * kWidth;
+      const V inv = load_as<V>(token.inv_temperature + t);
+      const V old_max = load_as<V>(stats.max + t);
+      V top = old_max;
+      for (int r = 0; r < count; ++r) top = vmax(load_as<V>(logits + r * kPanel + t), top);
+      V shift = (old_max - top) * inv;
+      shift = at_least(shift, kExpUnderflow);
+      const V scale = exp(shift);
+      V sum = load_as<V>(stats.sum + t);
+      V dotted = scale * (load_as<V>(stats.dot + t) + sum * shift);
       sum = scale * sum;
-      i32x16 target;
-      std::memcpy(&target, token.target + t, sizeof target);
-      f32x16 hit = load(stats.target_logit + t);
+      const I target = load_as<I>(token.target + t);
+      V hit = load_as<V>(stats.target_logit + t);
       for (int r = 0; r < count; ++r) {
-        f32x16 d = (load(logits + r * kPanel + t) - top) * inv;
-        d = d < kExpUnderflow ? splat(kExpUnderflow) : d;
-        const f32x16 e = exp(d);
+        V d = (load_as<V>(logits + r * kPanel + t) - top) * inv;
+        d = at_least(d, kExpUnderflow);
+        const V e = exp(d);
         sum += e;
         dotted += e * d;
-        hit = target == static_cast<int32_t>(first_row + row + r) ? load(logits + r * kPanel + t)
-                                                                  : hit;
+        hit = target == static_cast<int32_t>(first_row + row + r)
+                  ? load_as<V>(logits + r * kPanel + t)
+                  : hit;
       }
-      store(stats.max + t, top);
-      store(stats.sum + t, sum);
-      store(stats.dot + t, dotted);
-      store(stats.target_logit + t, hit);
+      store_as(stats.max + t, top);
+      store_as(stats.sum + t, sum);
+      store_as(stats.dot + t, dotted);
+      store_as(stats.target_logit + t, hit);
     }
   }
 }
 
-RLK_TARGET static inline __attribute__((always_inline)) void store_units(const f32x16 (&z)[kRows],
+RLK_TARGET static inline __attribute__((always_inline)) void store_units(const V (&z)[kRows],
                                                                          int count, float* by_vocab,
                                                                          int64_t vocab_stride,
                                                                          float* by_token) {
   for (int r = 0; r < count; ++r) {
-    store(by_vocab + r * vocab_stride, z[r]);
-    store(by_token + r * kPanel, z[r]);
+    store_as(by_vocab + r * vocab_stride, z[r]);
+    store_as(by_token + r * kPanel, z[r]);
   }
 }
 
+#if RLK_HAS_BF16_DOT
 // Pairs along the tokens for one product, pairs along the vocabulary for the other.
 RLK_TARGET static inline __attribute__((always_inline)) void store_units(const f32x16 (&z)[kRows],
                                                                          int count, Pair* by_vocab,
@@ -132,6 +136,7 @@ RLK_TARGET static inline __attribute__((always_inline)) void store_units(const f
     std::memcpy(by_vocab + (r + 1) * vocab_stride, &high, sizeof high);
   }
 }
+#endif
 
 // The same logits again, turned into the loss's gradient with respect to them. Rows from
 // `rows` on, up to the next multiple of kRows, are written as 0.
@@ -147,24 +152,23 @@ RLK_TARGET static void logit_gradient(const Unit* weight, int64_t row_stride, in
     const int count = static_cast<int>(std::min<int64_t>(kRows, rows - row));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t t = v * kLanes;
-      const f32x16 inv = load(token.inv_temperature + t);
-      const f32x16 lse = load(grads.logsumexp + t);
-      const f32x16 constant = load(grads.constant + t);
-      const f32x16 b = load(grads.entropy + t);
-      const f32x16 a = load(grads.target + t);
-      i32x16 target;
-      std::memcpy(&target, token.target + t, sizeof target);
-      f32x16 d[kRows];
+      const int64_t t = v * kWidth;
+      const V inv = load_as<V>(token.inv_temperature + t);
+      const V lse = load_as<V>(grads.logsumexp + t);
+      const V constant = load_as<V>(grads.constant + t);
+      const V b = load_as<V>(grads.entropy + t);
+      const V a = load_as<V>(grads.target + t);
+      const I target = load_as<I>(token.target + t);
+      V d[kRows];
       for (int r = 0; r < kRows; ++r) {
-        const f32x16 y = load(logits + r * kPanel + t);
-        f32x16 log_p = y * inv - lse;
-        log_p = log_p < kExpUnderflow ? splat(kExpUnderflow) : log_p;
-        f32x16 g = exp(log_p) * (constant - b * log_p);
+        const V y = load_as<V>(logits + r * kPanel + t);
+        V log_p = y * inv - lse;
+        log_p = at_least(log_p, kExpUnderflow);
+        V g = exp(log_p) * (constant - b * log_p);
         g = target == static_cast<int32_t>(first_row + row + r) ? g + a : g;
         g *= inv;
         if (token.softcap.on()) g *= token.softcap.slope(y);
-        d[r] = r < count ? g : splat(0.0f);
+        d[r] = r < count ? g : V{};
       }
       store_units(d, kRows, by_vocab + row * vocab_stride + t / kPer, vocab_stride,
                   by_token + row / kPer * kPanel + t);
@@ -226,6 +230,8 @@ constexpr TileKernels<Unit, T> kernels() {
 }  // namespace RLK_ISA
 
 #undef RLK_ISA
+#undef RLK_FLOATS
+#undef RLK_INTS
 #undef RLK_TARGET
 #undef RLK_ROWS
 #undef RLK_VECTORS

@@ -18,17 +18,7 @@
 
 namespace rlkern {
 
-// This kernel is made of selects, and GCC takes a select of vectors wider than the registers apart
-// lane by lane: sixteen lanes with AVX-512, eight without.
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
-
-template <>
-struct Bits<f32x8> {
-  static RLK_HD i32x8 of(f32x8 x) { return (i32x8)x; }
-  static RLK_HD f32x8 from(i32x8 bits) { return (f32x8)bits; }
-};
-
+// This kernel is made of selects: sixteen lanes with AVX-512, eight without (see vec.h).
 RLK_HD float reduce_add(f32x8 x) {
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }

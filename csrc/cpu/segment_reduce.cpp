@@ -19,8 +19,6 @@ using torch::stable::Tensor;
 
 // Eight doubles fill a zmm, and are two ymm: twice that many sums hide the latency of an addition.
 constexpr int kHalf = 8;
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
 typedef double f64x8 __attribute__((vector_size(64)));

@@ -1,5 +1,7 @@
-// Sixteen floats at a time with GCC's vector extensions: one zmm, two ymm or four xmm registers,
-// whatever the clone of RLK_MULTIVERSION is compiled for, with the same order of operations.
+// Floats by the vector with GCC's extensions. Sixteen at a time are one zmm, two ymm or four xmm
+// registers, whatever a clone of RLK_MULTIVERSION is compiled for, with the same order of
+// operations. But GCC takes comparisons and selects of vectors wider than the registers apart lane
+// by lane: code that is made of them uses f32x8 or f32x4 where the registers are no wider.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -20,16 +22,45 @@ constexpr int kLanes = 16;
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
 
-template <>
-struct Bits<f32x16> {
-  static RLK_HD i32x16 of(f32x16 x) { return (i32x16)x; }
-  static RLK_HD f32x16 from(i32x16 bits) { return (f32x16)bits; }
+template <class F, class I>
+struct VectorBits {
+  static RLK_HD I of(F x) { return (I)x; }
+  static RLK_HD F from(I bits) { return (F)bits; }
 };
+template <>
+struct Bits<f32x16> : VectorBits<f32x16, i32x16> {};
+template <>
+struct Bits<f32x8> : VectorBits<f32x8, i32x8> {};
+template <>
+struct Bits<f32x4> : VectorBits<f32x4, i32x4> {};
 
 RLK_HD f32x16 splat(float x) { return f32x16{} + x; }
-RLK_HD f32x16 vmax(f32x16 a, f32x16 b) { return a > b ? a : b; }
-RLK_HD f32x16 vmin(f32x16 a, f32x16 b) { return a < b ? a : b; }
+template <class V>
+RLK_HD V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+// Reads as NaN where x is NaN.
+template <class V>
+RLK_HD V at_least(V x, float bound) {
+  return x < bound ? V{} + bound : x;
+}
+
+// A vector of any type from memory, and back.
+template <class V>
+RLK_HD V load_as(const void* p) {
+  V x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class V>
+RLK_HD void store_as(void* p, V x) {
+  std::memcpy(p, &x, sizeof x);
+}
 
 RLK_HD f32x16 load(const float* p) {
   f32x16 x;
