@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "isa.h"
 #include "rlkern/math/softcap.h"
 #include "rlkern/math/softmax_stats.h"
 #include "vec.h"
@@ -23,21 +24,28 @@ using torch::stable::Tensor;
 constexpr int64_t kBlock = 2048;
 
 // Logits as the softmax sees them; past `left` there are none.
-template <bool kCap, class T>
-RLK_HD f32x16 load_logits(const T* p, int64_t left, Softcap softcap) {
-  f32x16 x = left >= kLanes ? load(p) : load_partial(p, left, -INFINITY);
+template <class V>
+constexpr int64_t kWidth = sizeof(V) / sizeof(float);
+
+template <class V, bool kCap, class T>
+RLK_HD V load_logits(const T* p, int64_t left, Softcap softcap) {
+  V x = V{} - INFINITY;
+  if (left >= kWidth<V>)
+    x = widen<V>(p);
+  else
+    for (int64_t i = 0; i < left; ++i) x[i] = static_cast<float>(p[i]);
   if constexpr (kCap) {
     x = softcap.apply(x);
-    for (int64_t i = left; i < kLanes; ++i) x[i] = -INFINITY;
+    for (int64_t i = left; i < kWidth<V>; ++i) x[i] = -INFINITY;
   }
   return x;
 }
 
-template <bool kCap, class T>
+template <class V, bool kCap, class T>
 RLK_HD SoftmaxStats block_stats(const T* row, int64_t count, float inv, Softcap softcap) {
-  f32x16 top = splat(-INFINITY);
-  for (int64_t j = 0; j < count; j += kLanes)
-    top = vmax(load_logits<kCap>(row + j, count - j, softcap), top);
+  V top = V{} - INFINITY;
+  for (int64_t j = 0; j < count; j += kWidth<V>)
+    top = vmax(load_logits<V, kCap>(row + j, count - j, softcap), top);
   SoftmaxStats stats;
   stats.max = reduce_max(top);
   // All -inf: nothing to add. The sums start from a finite maximum, else -inf - -inf is NaN.
@@ -46,11 +54,11 @@ RLK_HD SoftmaxStats block_stats(const T* row, int64_t count, float inv, Softcap 
       if (std::isnan(static_cast<float>(row[j]))) stats.sum = NAN;
     return stats;
   }
-  f32x16 sum{}, dot{};
-  for (int64_t j = 0; j < count; j += kLanes) {
-    f32x16 d = (load_logits<kCap>(row + j, count - j, softcap) - stats.max) * inv;
-    d = d < kExpUnderflow ? splat(kExpUnderflow) : d;
-    const f32x16 e = exp(d);
+  V sum{}, dot{};
+  for (int64_t j = 0; j < count; j += kWidth<V>) {
+    V d = (load_logits<V, kCap>(row + j, count - j, softcap) - stats.max) * inv;
+    d = at_least(d, kExpUnderflow);
+    const V e = exp(d);
     sum += e;
     dot += e * d;
   }
@@ -59,44 +67,69 @@ RLK_HD SoftmaxStats block_stats(const T* row, int64_t count, float inv, Softcap 
   return stats;
 }
 
-template <bool kCap, class T>
+template <class V, bool kCap, class T>
 RLK_HD SoftmaxStats row_stats(const T* row, int64_t vocab, float inv, Softcap softcap) {
   SoftmaxStats stats;
   for (int64_t j = 0; j < vocab; j += kBlock)
-    stats.merge(block_stats<kCap>(row + j, std::min(kBlock, vocab - j), inv, softcap), inv);
+    stats.merge(block_stats<V, kCap>(row + j, std::min(kBlock, vocab - j), inv, softcap), inv);
   return stats;
 }
 
-template <bool kCap, class T>
+template <class V, bool kCap, class T>
 RLK_HD void row_grad(const T* row, T* grad, int64_t vocab, float inv, float logsumexp,
                      SoftmaxGrad g, Softcap softcap) {
-  for (int64_t j = 0; j < vocab; j += kLanes) {
+  for (int64_t j = 0; j < vocab; j += kWidth<V>) {
     const int64_t left = vocab - j;
-    const f32x16 y = load_logits<kCap>(row + j, left, softcap);
-    f32x16 d = g.off_target(y * inv - logsumexp) * inv;
+    const V y = load_logits<V, kCap>(row + j, left, softcap);
+    V d = g.off_target(y * inv - logsumexp) * inv;
     if constexpr (kCap) d *= softcap.slope(y);
-    if (left >= kLanes)
+    if (left >= kWidth<V>)
       store(grad + j, d);
     else
       store_partial(grad + j, d, left);
   }
 }
 
-#define RLK_INSTANTIATE(T)                                                                        \
-  RLK_MULTIVERSION SoftmaxStats stats_of(const T* row, int64_t vocab, float inv,                  \
-                                         Softcap softcap) {                                       \
-    return softcap.on() ? row_stats<true>(row, vocab, inv, softcap)                               \
-                        : row_stats<false>(row, vocab, inv, softcap);                             \
-  }                                                                                               \
-  RLK_MULTIVERSION void grad_of(const T* row, T* grad, int64_t vocab, float inv, float logsumexp, \
-                                SoftmaxGrad g, Softcap softcap) {                                 \
-    softcap.on() ? row_grad<true>(row, grad, vocab, inv, logsumexp, g, softcap)                   \
-                 : row_grad<false>(row, grad, vocab, inv, logsumexp, g, softcap);                 \
+template <class V, class T>
+RLK_HD SoftmaxStats any_stats(const T* row, int64_t vocab, float inv, Softcap softcap) {
+  return softcap.on() ? row_stats<V, true>(row, vocab, inv, softcap)
+                      : row_stats<V, false>(row, vocab, inv, softcap);
+}
+template <class V, class T>
+RLK_HD void any_grad(const T* row, T* grad, int64_t vocab, float inv, float logsumexp,
+                     SoftmaxGrad g, Softcap softcap) {
+  softcap.on() ? row_grad<V, true>(row, grad, vocab, inv, logsumexp, g, softcap)
+               : row_grad<V, false>(row, grad, vocab, inv, logsumexp, g, softcap);
+}
+
+// Sixteen lanes with AVX-512, eight without (see vec.h).
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RLK_SIXTEEN __attribute__((target("arch=x86-64-v4")))
+bool sixteen() { return cpu_isa() >= Isa::kAvx512; }
+#else
+#define RLK_SIXTEEN
+bool sixteen() { return false; }
+#endif
+#define RLK_INSTANTIATE(T)                                                                         \
+  RLK_SIXTEEN SoftmaxStats stats_16(const T* row, int64_t vocab, float inv, Softcap softcap) {     \
+    return any_stats<f32x16>(row, vocab, inv, softcap);                                            \
+  }                                                                                                \
+  RLK_MULTIVERSION SoftmaxStats stats_8(const T* row, int64_t vocab, float inv, Softcap softcap) { \
+    return any_stats<f32x8>(row, vocab, inv, softcap);                                             \
+  }                                                                                                \
+  RLK_SIXTEEN void grad_16(const T* row, T* grad, int64_t vocab, float inv, float logsumexp,       \
+                           SoftmaxGrad g, Softcap softcap) {                                       \
+    any_grad<f32x16>(row, grad, vocab, inv, logsumexp, g, softcap);                                \
+  }                                                                                                \
+  RLK_MULTIVERSION void grad_8(const T* row, T* grad, int64_t vocab, float inv, float logsumexp,   \
+                               SoftmaxGrad g, Softcap softcap) {                                   \
+    any_grad<f32x8>(row, grad, vocab, inv, logsumexp, g, softcap);                                 \
   }
 RLK_INSTANTIATE(float)
 RLK_INSTANTIATE(bf16)
 RLK_INSTANTIATE(fp16)
 #undef RLK_INSTANTIATE
+#undef RLK_SIXTEEN
 
 float capped(float logit, Softcap softcap) { return softcap.on() ? softcap.apply(logit) : logit; }
 
@@ -137,7 +170,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor logits, Tensor targets,
         const T* row = data + i * stride;
         const float inv =
             softcap.inverse(temperatures ? temperatures[i] : static_cast<float>(temperature));
-        const SoftmaxStats stats = stats_of(row, vocab, inv, softcap);
+        const SoftmaxStats stats =
+            sixteen() ? stats_16(row, vocab, inv, softcap) : stats_8(row, vocab, inv, softcap);
         const bool in_vocab = target[i] >= 0 && target[i] < vocab;
         lse_out[i] = stats.logsumexp(inv);
         logprob_out[i] =
@@ -180,7 +214,12 @@ Tensor backward(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_l
         const bool ignored = target[i] == ignore_index;
         const SoftmaxGrad g(a && !ignored ? a[i] : 0.0f, b ? b[i] : 0.0f, c ? c[i] : 0.0f,
                             b ? row_entropy[i] : 0.0f);
-        grad_of(data + i * stride, out + i * vocab, vocab, inv, lse[i], g, softcap);
+        const T* row = data + i * stride;
+        T* grad_row = out + i * vocab;
+        if (sixteen())
+          grad_16(row, grad_row, vocab, inv, lse[i], g, softcap);
+        else
+          grad_8(row, grad_row, vocab, inv, lse[i], g, softcap);
         if (!ignored && target[i] >= 0 && target[i] < vocab) {
           T& slot = out[i * vocab + target[i]];
           const float y = capped(static_cast<float>(data[i * stride + target[i]]), softcap);

@@ -19,10 +19,6 @@
 namespace rlkern {
 
 // This kernel is made of selects: sixteen lanes with AVX-512, eight without (see vec.h).
-RLK_HD float reduce_add(f32x8 x) {
-  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
-}
-
 namespace {
 
 using torch::stable::Tensor;

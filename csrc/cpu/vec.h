@@ -62,38 +62,62 @@ RLK_HD void store_as(void* p, V x) {
   std::memcpy(p, &x, sizeof x);
 }
 
-RLK_HD f32x16 load(const float* p) {
-  f32x16 x;
-  std::memcpy(&x, p, sizeof x);
+template <class V>
+struct Narrow;
+template <>
+struct Narrow<f32x16> {
+  using Ints = i32x16;
+  using Halves = u16x16;
+};
+template <>
+struct Narrow<f32x8> {
+  using Ints = i32x8;
+  using Halves = uint16_t __attribute__((vector_size(16)));
+};
+
+// Floats from memory of any element type.
+template <class V>
+RLK_HD V widen(const float* p) {
+  return load_as<V>(p);
+}
+template <class V>
+RLK_HD V widen(const bf16* p) {
+  using Ints = typename Narrow<V>::Ints;
+  return (V)(__builtin_convertvector(load_as<typename Narrow<V>::Halves>(p), Ints) << 16);
+}
+template <class V>
+RLK_HD V widen(const fp16* p) {
+  V x;
+  for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) x[i] = static_cast<float>(p[i]);
   return x;
 }
-RLK_HD f32x16 load(const bf16* p) {
-  u16x16 raw;
-  std::memcpy(&raw, p, sizeof raw);
-  return (f32x16)(__builtin_convertvector(raw, i32x16) << 16);
-}
-RLK_HD f32x16 load(const fp16* p) {
-  f32x16 x;
-  for (int i = 0; i < kLanes; ++i) x[i] = static_cast<float>(p[i]);
-  return x;
+template <class T>
+RLK_HD f32x16 load(const T* p) {
+  return widen<f32x16>(p);
 }
 
-RLK_HD void store(float* p, f32x16 x) { std::memcpy(p, &x, sizeof x); }
-// The bfloat16 nearest to x (ties to even), in the low half of each lane. Integers alone: GCC takes
-// a comparison of vectors wider than the registers apart lane by lane.
-RLK_HD i32x16 bf16_bits(f32x16 x) {
-  const i32x16 bits = (i32x16)x;
-  const i32x16 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+// The bfloat16 nearest to x (ties to even), in the low half of each lane. Integers alone: selects
+// would be slow wherever registers are narrower.
+template <class V>
+RLK_HD auto bf16_bits(V x) {
+  const auto bits = Bits<V>::of(x);
+  const auto rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   // all ones where x is NaN, which keeps a set bit of its payload
-  const i32x16 nan = (0x7F800000 - (bits & 0x7FFFFFFF)) >> 31;
+  const auto nan = (0x7F800000 - (bits & 0x7FFFFFFF)) >> 31;
   return (rounded & ~nan) | (((bits >> 16) | 0x40) & nan);
 }
-RLK_HD void store(bf16* p, f32x16 x) {
-  const u16x16 raw = __builtin_convertvector(bf16_bits(x), u16x16);
-  std::memcpy(p, &raw, sizeof raw);
+
+template <class V>
+RLK_HD void store(float* p, V x) {
+  store_as(p, x);
 }
-RLK_HD void store(fp16* p, f32x16 x) {
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<fp16>(x[i]);
+template <class V>
+RLK_HD void store(bf16* p, V x) {
+  store_as(p, __builtin_convertvector(bf16_bits(x), typename Narrow<V>::Halves));
+}
+template <class V>
+RLK_HD void store(fp16* p, V x) {
+  for (size_t i = 0; i < sizeof(V) / sizeof(float); ++i) p[i] = static_cast<fp16>(x[i]);
 }
 
 // The tail of a row: lanes past `count` read as `fill`.
@@ -103,8 +127,8 @@ RLK_HD f32x16 load_partial(const T* p, int64_t count, float fill) {
   for (int64_t i = 0; i < count; ++i) x[i] = static_cast<float>(p[i]);
   return x;
 }
-template <class T>
-RLK_HD void store_partial(T* p, f32x16 x, int64_t count) {
+template <class T, class V>
+RLK_HD void store_partial(T* p, V x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(x[i]);
 }
 
@@ -116,9 +140,13 @@ RLK_HD float reduce_add(f32x16 x) {
     for (int i = 0; i < w; ++i) s[i] += s[i + w];
   return s[0];
 }
-RLK_HD float reduce_max(f32x16 x) {
+RLK_HD float reduce_add(f32x8 x) {
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+template <class V>
+RLK_HD float reduce_max(V x) {
   float m = x[0];
-  for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
+  for (size_t i = 1; i < sizeof(V) / sizeof(float); ++i) m = x[i] > m ? x[i] : m;
   return m;
 }
 

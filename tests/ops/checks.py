@@ -1,6 +1,9 @@
 """The checks that every op passes, called from its test file."""
 
 import importlib
+import os
+import subprocess
+import sys
 
 import torch
 from torch import Tensor
@@ -79,6 +82,19 @@ def check_deterministic(op: str, device: str, dtype: torch.dtype) -> None:
             for other in runs[1:]:
                 for i, (a, b) in enumerate(zip(runs[0], other)):
                     assert_same_bits(f"{op} {kernel.name} {name!r} result {i}", a, b)
+
+
+def check_instruction_set(test_file: str, isa: str) -> None:
+    """The budget test again with the kernels that this CPU would not choose.
+
+    An instruction set that the CPU lacks falls to the next.
+    """
+    test = f"{test_file}::test_every_kernel_is_within_the_budget"
+    env = os.environ | {"RLKERN_CPU_ISA": isa, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pytest", test, "-k", "cpu", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stdout[-2000:]
+    assert "3 passed" in run.stdout
 
 
 def compiled(function):

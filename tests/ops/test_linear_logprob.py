@@ -1,6 +1,5 @@
 """Log-prob and entropy from hidden states."""
 
-import os
 import subprocess
 import sys
 
@@ -288,13 +287,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_instruction_set_is_as_exact(isa):
-    """The kernels that this CPU would not choose; a set that it lacks falls to the next."""
-    test = f"{__file__}::test_every_kernel_is_within_the_budget"
-    env = os.environ | {"RLKERN_CPU_ISA": isa, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "pytest", test, "-k", "cpu", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stdout[-2000:]
-    assert "3 passed" in run.stdout
+    checks.check_instruction_set(__file__, isa)
 
 
 def test_compiles_whole():

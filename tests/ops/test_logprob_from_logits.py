@@ -59,6 +59,10 @@ def test_same_bits_twice_and_on_any_number_of_threads(device, dtype):
     checks.check_deterministic(OP, device, dtype)
 
 
+def test_every_instruction_set_is_as_exact():
+    checks.check_instruction_set(__file__, "avx2")
+
+
 def test_a_row_does_not_depend_on_its_batch(device):
     logits = torch.randn(33, 3001).to(device)
     targets = torch.randint(3001, (33,)).to(device)
