@@ -126,6 +126,13 @@ def test_the_report_names_every_op():
     assert torch.__version__ in run.stdout
 
 
+def test_the_tables_say_what_the_results_say():
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.report", "--check"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_triton_kernels_compile_for_every_gpu_without_spills(op):
     pytest.importorskip("triton")
