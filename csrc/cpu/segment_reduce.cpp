@@ -19,35 +19,18 @@ using torch::stable::Tensor;
 
 // Eight doubles fill a zmm, and are two ymm: twice that many sums hide the latency of an addition.
 constexpr int kHalf = 8;
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
 typedef double f64x8 __attribute__((vector_size(64)));
 
 // A thread is worth starting for about this many values.
 constexpr int64_t kGrain = 32768;
 
-template <class V, class T>
-RLK_HD V raw(const T* p) {
-  V x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-RLK_HD f32x8 load8(const float* p) { return raw<f32x8>(p); }
-RLK_HD f32x8 load8(const bf16* p) {
-  return (f32x8)(__builtin_convertvector(raw<u16x8>(p), i32x8) << 16);
-}
-RLK_HD f32x8 load8(const fp16* p) {
-  f32x8 x;
-  for (int i = 0; i < kHalf; ++i) x[i] = static_cast<float>(p[i]);
-  return x;
-}
-
 // The value where the mask is true, else 0: by its bits, which a NaN does not survive.
 template <class T>
 RLK_HD f32x8 load_counting(const T* p, const bool* mask) {
-  const f32x8 x = load8(p);
+  const f32x8 x = widen<f32x8>(p);
   if (!mask) return x;
-  const i32x8 keep = -__builtin_convertvector(raw<u8x8>(mask), i32x8);
+  const i32x8 keep = -__builtin_convertvector(load_as<u8x8>(mask), i32x8);
   return (f32x8)((i32x8)x & keep);
 }
 
