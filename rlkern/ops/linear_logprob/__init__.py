@@ -1,4 +1,4 @@
-"""Token log-probs and entropies straight from hidden states, without the logits."""
+"""Token log-probs, entropies and their kin straight from hidden states, without the logits."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlkern import _check
 from rlkern.ops import _logprob
-from rlkern.ops._logprob import LogprobOutput
+from rlkern.ops._logprob import LogprobOutput, Scalars, Stats
 from rlkern.ops.linear_logprob.op import LinearLogprob
 
 _OP = "linear_logprob"
@@ -17,21 +17,29 @@ def linear_logprob(
     weight: Tensor,
     targets: Tensor,
     *,
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
+    vocab_mask: Tensor | None = None,
+    ids: Tensor | None = None,
+    topk: int = 0,
     outputs: Sequence[str] = ("logprob",),
     ignore_index: int = -100,
+    logits_rounding: str | None = None,
+    batch_invariant: bool = False,
+    chunk_size: int | None = None,
 ) -> LogprobOutput:
-    """Log-prob of each target under softmax(hidden @ weight^T / temperature), and the entropy.
+    """Log-prob of each target under softmax((hidden @ weight^T + bias) / temperature), and more.
 
-        z = hidden @ weight^T / temperature      (logit_scale and softcap first, where given)
-        logprob = z[target] - logsumexp(z);  entropy = -sum_j p_j log p_j,  p = softmax(z)
+    What comes after the logits, and every argument that is not listed here, is as in
+    `logprob_from_logits`: outputs, ids, topk, vocab_mask, vocab_size, softcap, logit_scale,
+    temperature, ignore_index.
 
     Equivalent torch program, which holds several (T, V) float32 tensors where this holds none::
 
-        logp = (hidden.float() @ weight.float().T / temperature).log_softmax(-1)
+        logp = ((hidden.float() @ weight.float().T + bias) / temperature).log_softmax(-1)
         logprob = logp.gather(-1, targets[:, None])[:, 0]
         entropy = -(logp.exp() * logp).sum(-1)
 
@@ -39,25 +47,23 @@ def linear_logprob(
     logits, at the speed of a 16-bit matmul. The backward recomputes logits in blocks (four
     matmuls in all, three when hidden or weight needs no gradient); gradients are accumulated in
     float32 and rounded once. The gradient of the logits is rounded to the inputs' dtype between
-    its matmuls.
+    its matmuls. Rows whose upstream gradients are all 0 drop out of the backward (on CPU).
 
     Args:
         hidden: (T, H) float32, bfloat16 or float16. float64 is computed by the reference.
         weight: (V, H) in the same dtype: the LM head.
-        targets: (T,) int64 or int32. A row equal to ignore_index has log-prob 0 and no gradient
-            through it; any other target outside the vocabulary gives NaN.
-        temperature: a positive number, or a (T,) tensor of them; not differentiated.
-        softcap: c > 0 replaces logits x by c tanh(x / c), before the temperature (Gemma 2).
-        logit_scale: a positive factor on the logits, before softcap (Cohere; Granite's
-            1 / logits_scaling).
-        vocab_size: how many entries of the vocabulary exist; the rest is padding, which may
-            hold anything, NaN included, and gets gradient 0.
-        outputs: which of "logprob", "entropy" (nats), "logsumexp" (of z) to return.
-        ignore_index: the target that marks a row without a token.
+        bias: (V,) in the same dtype.
+        logits_rounding: "bf16" rounds the float32 logits, bias included, to bfloat16 before scale,
+            soft cap and temperature: the boundary of a rollout engine with a 16-bit head. The
+            gradient passes straight through.
+        batch_invariant: a row's results have the same bits whatever rows share the call. On CPU
+            they always have; on CUDA this takes matmuls of a fixed order.
+        chunk_size: how many entries of the vocabulary have their logits in memory at a time, on
+            CUDA; None leaves it to the kernel.
 
     Returns:
-        LogprobOutput of float32 (T,) tensors, None where not asked. All three are
-        differentiable with respect to hidden and weight.
+        LogprobOutput, as `logprob_from_logits`; differentiable with respect to hidden, weight and
+        bias.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or name that does not fit.
@@ -71,19 +77,31 @@ def linear_logprob(
     _check.dtype(_OP, "weight", weight, (hidden.dtype,))
     _check.ndim(_OP, "hidden", hidden, "(T, H)")
     _check.ndim(_OP, "weight", weight, "(V, H)")
-    _check.shape(_OP, "weight", weight, (weight.shape[0], hidden.shape[1]), "(V, H)")
+    vocab = weight.shape[0]
+    _check.shape(_OP, "weight", weight, (vocab, hidden.shape[1]), "(V, H)")
     _check.same_device(_OP, "weight", weight, "hidden", hidden.device)
-    _logprob.check_rows(_OP, hidden, "hidden", targets)
-    _logprob.check_outputs(_OP, outputs)
-    size = _logprob.check_vocab_size(_OP, vocab_size, weight.shape[0])
-    rows, scalar = _logprob.split_temperature(_OP, temperature, hidden, "hidden")
-    scalars = _logprob.scalars_of(_OP, scalar, logit_scale, softcap, ignore_index)
-    if size < weight.shape[0]:
-        weight = weight[:size]
+    if bias is not None:
+        _check.tensor(_OP, "bias", bias)
+        _check.dtype(_OP, "bias", bias, (hidden.dtype,))
+        _check.shape(_OP, "bias", bias, (vocab,), "(V,)")
+        _check.same_device(_OP, "bias", bias, "hidden", hidden.device)
+        bias = bias.contiguous()
+    size = _logprob.check_vocab_size(_OP, vocab_size, vocab)
+    temperatures, scalar = _logprob.split_temperature(_OP, temperature, hidden, "hidden")
+    rows = _logprob.rows_of(_OP, hidden, "hidden", targets, ids, vocab_mask, vocab, temperatures)
+    topk = _logprob.check_topk(_OP, topk, size)
+    _logprob.check_outputs(_OP, outputs, others=topk > 0 or ids is not None)
+    scalars = Scalars(
+        *_logprob.scalars_of(_OP, scalar, logit_scale, softcap, ignore_index),
+        size,
+        _logprob.check_rounding(_OP, logits_rounding),
+    )
+    if chunk_size is not None:
+        _check.positive(_OP, "chunk_size", chunk_size)
     if hidden.stride(-1) != 1:
         hidden = hidden.contiguous()
     if weight.stride(-1) != 1:
         weight = weight.contiguous()
-    targets = targets.long().contiguous()
-    stats = LinearLogprob.apply(hidden, weight, targets, rows, scalars, "entropy" in outputs)
-    return _logprob.select(outputs, *stats)
+    how = (batch_invariant, int(chunk_size or 0))
+    stats = LinearLogprob.apply(hidden, weight, bias, *rows, scalars, topk, how)
+    return _logprob.select(outputs, ids, topk, Stats(*stats))

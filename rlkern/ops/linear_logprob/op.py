@@ -4,33 +4,33 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from rlkern import _library
+from rlkern.ops import _logprob
+from rlkern.ops._logprob import GRADS, RETURNS, ROWS, SCALARS, Rows, Stats
 from rlkern.ops.linear_logprob import reference
 
 
-def _fake_fwd(hidden, *rest):
-    rows = hidden.shape[0]
-    stat = hidden.new_empty((rows,), dtype=torch.float32)
-    entropy = hidden.new_empty((rows if rest[-1] else 0,), dtype=torch.float32)
-    return stat, torch.empty_like(stat), entropy
+def _fake_fwd(hidden, weight, bias, targets, ids, *rest):
+    return tuple(_logprob.empty_stats(hidden, hidden.shape[0], ids, rest[-3]))
 
 
-def _fake_bwd(a, c, b, hidden, weight, *rest):
-    need_hidden, need_weight = rest[-2:]
-    grad_hidden = hidden.new_empty((hidden.shape[0] if need_hidden else 0, hidden.shape[1]))
-    return grad_hidden, weight.new_empty((weight.shape[0] if need_weight else 0, weight.shape[1]))
+def _fake_bwd(a, c, b, g, hidden, weight, *rest):
+    need_hidden, need_weight, need_bias = rest[-3:]
+    vocab, depth = weight.shape
+    return (
+        hidden.new_empty((hidden.shape[0] if need_hidden else 0, depth)),
+        weight.new_empty((vocab if need_weight else 0, depth)),
+        weight.new_empty((vocab if need_bias else 0,)),
+    )
 
 
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
+_HOW = "bool batch_invariant, int chunk_size"
 _library.define(
-    "linear_logprob_fwd(Tensor hidden, Tensor weight, Tensor targets, Tensor? row_temperature, "
-    "float temperature, float logit_scale, float softcap, int ignore_index, bool want_entropy) "
-    "-> (Tensor, Tensor, Tensor)",
-    _fake_fwd,
+    f"linear_logprob_fwd({_HEAD}, {ROWS}, {SCALARS}, int topk, {_HOW}) -> {RETURNS}", _fake_fwd
 )
 _library.define(
-    "linear_logprob_bwd(Tensor? grad_logprob, Tensor? grad_logsumexp, Tensor? grad_entropy, "
-    "Tensor hidden, Tensor weight, Tensor targets, Tensor logsumexp, Tensor entropy, "
-    "Tensor? row_temperature, float temperature, float logit_scale, float softcap, "
-    "int ignore_index, bool need_hidden, bool need_weight) -> (Tensor, Tensor)",
+    f"linear_logprob_bwd({GRADS}, {_HEAD}, {ROWS}, Tensor logsumexp, Tensor entropy, {SCALARS}, "
+    f"{_HOW}, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _fake_bwd,
 )
 _TRITON = "rlkern.ops.linear_logprob.triton"
@@ -39,37 +39,33 @@ _library.fill("linear_logprob_bwd", reference.backward, f"{_TRITON}:backward")
 
 
 class LinearLogprob(torch.autograd.Function):
-    """(logprob, logsumexp, entropy); the backward recomputes the logits block by block."""
+    """The backward recomputes the logits block by block."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, row_temperature, scalars, want_entropy):
-        """scalars: (temperature, logit_scale, softcap, ignore_index)."""
+    def forward(ctx, hidden, weight, bias, *rest):
+        """rest: *Rows, Scalars, topk, (batch_invariant, chunk_size); returns Stats."""
+        rows, (scalars, topk, how) = Rows(*rest[:4]), rest[4:]
         # float64 is for checking formulas: the reference alone computes in it
         double = hidden.dtype == torch.float64
         run = reference.forward if double else torch.ops.rlkern.linear_logprob_fwd
-        outputs = run(hidden, weight, targets, row_temperature, *scalars, want_entropy)
-        ctx.save_for_backward(hidden, weight, targets, *outputs[1:], row_temperature)
-        ctx.scalars = scalars
+        stats = Stats(*run(hidden, weight, bias, *rows, *scalars, topk, *how))
+        saved = (*rows, stats.logsumexp, stats.entropy, stats.topk_ids)
+        ctx.save_for_backward(hidden, weight, bias, *saved)
+        ctx.scalars, ctx.how = scalars, how
         ctx.set_materialize_grads(False)
-        return outputs
+        ctx.mark_non_differentiable(*(stats[i] for i in Stats.CONSTANTS))
+        return tuple(stats)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprob, grad_logsumexp, grad_entropy):
-        hidden, weight, targets, logsumexp, entropy, row_temperature = ctx.saved_tensors
+    def backward(ctx, a, c, b, _sum_sq, _top1, grad_ids, grad_topk, _topk_ids):
+        hidden, weight, bias, *rows, logsumexp, entropy, topk_ids = ctx.saved_tensors
+        rows = Rows(*rows)
+        grad_ids, ids = _logprob.with_topk(grad_ids, rows.ids, grad_topk, topk_ids)
+        grads = [None if g is None else g.contiguous() for g in (a, c, b, grad_ids)]
+        needs = ctx.needs_input_grad[:3]
         double = hidden.dtype == torch.float64
         run = reference.backward if double else torch.ops.rlkern.linear_logprob_bwd
-        if entropy.numel() == 0:
-            grad_entropy = None
-        grads = [
-            None if g is None else g.contiguous()
-            for g in (grad_logprob, grad_logsumexp, grad_entropy)
-        ]
-        saved = (hidden, weight, targets, logsumexp, entropy, row_temperature)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden, grad_weight = run(*grads, *saved, *ctx.scalars, need_hidden, need_weight)
-        return (
-            grad_hidden if need_hidden else None,
-            grad_weight if need_weight else None,
-            *(None,) * 4,
-        )
+        saved = (*rows._replace(ids=ids), logsumexp, entropy, *ctx.scalars, *ctx.how)
+        found = run(*grads, hidden, weight, bias, *saved, *needs)
+        return *(g if need else None for g, need in zip(found, needs)), *(None,) * 7

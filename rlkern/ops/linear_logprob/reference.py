@@ -1,9 +1,9 @@
-"""Log-prob, logsumexp and entropy from hidden states in plain torch: the specification.
+"""Statistics of softmax over a head's logits in plain torch: the specification.
 
-    logits = hidden @ weight^T, then as logprob_from_logits
+    logits = hidden @ weight^T + bias, then as logprob_from_logits
 
 The product is taken in float32, or in float64 for float64 inputs: logits are never rounded to
-16 bits.
+16 bits unless round_logits asks for it. Rows of weight and bias from vocab_size on are not read.
 """
 
 import torch
@@ -13,62 +13,54 @@ from rlkern.ops.logprob_from_logits import reference as from_logits
 
 
 def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    want_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits = _logits(hidden, weight)
-    rest = (row_temperature, temperature, logit_scale, softcap, ignore_index, want_entropy)
-    return from_logits.forward(logits, targets, *rest)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
+) -> tuple[Tensor, ...]:
+    """rest: *Rows, *Scalars, topk, batch_invariant, chunk_size."""
+    *shared, _batch_invariant, _chunk_size = rest
+    return from_logits.forward(_logits(hidden, weight, bias, shared[8]), *shared)
 
 
 def backward(
     grad_logprob: Tensor | None,
     grad_logsumexp: Tensor | None,
     grad_entropy: Tensor | None,
+    grad_id_logprob: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """grad_hidden = d_logits @ weight, grad_weight = d_logits^T @ hidden; empty if not needed."""
+    bias: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_hidden = d_logits @ weight, grad_weight = d_logits^T @ hidden, grad_bias = d_logits^T 1.
+
+    rest: *Rows, logsumexp, entropy, *Scalars, batch_invariant, chunk_size, need_hidden,
+    need_weight, need_bias. What is not needed is empty.
+    """
+    *shared, _batch_invariant, _chunk_size, need_hidden, need_weight, need_bias = rest
+    size = shared[10]
     d_logits = from_logits.backward(
         grad_logprob,
         grad_logsumexp,
         grad_entropy,
-        _logits(hidden, weight),
-        targets,
-        logsumexp,
-        entropy,
-        row_temperature,
-        temperature,
-        logit_scale,
-        softcap,
-        ignore_index,
+        grad_id_logprob,
+        _logits(hidden, weight, bias, size),
+        *shared,
     )
-    grad_hidden = hidden.new_empty((0, hidden.shape[1]))
-    grad_weight = weight.new_empty((0, weight.shape[1]))
+    vocab, depth = weight.shape
+    grad_hidden = hidden.new_empty((0, depth))
+    grad_weight = weight.new_empty((0, depth))
+    grad_bias = weight.new_empty((0,))
     if need_hidden:
-        grad_hidden = (d_logits @ weight.to(d_logits.dtype)).to(hidden.dtype)
+        grad_hidden = (d_logits @ weight[:size].to(d_logits.dtype)).to(hidden.dtype)
     if need_weight:
-        grad_weight = (d_logits.T @ hidden.to(d_logits.dtype)).to(weight.dtype)
-    return grad_hidden, grad_weight
+        grad_weight = weight.new_zeros((vocab, depth))
+        grad_weight[:size] = d_logits.T @ hidden.to(d_logits.dtype)
+    if need_bias:
+        grad_bias = weight.new_zeros((vocab,))
+        grad_bias[:size] = d_logits.sum(0)
+    return grad_hidden, grad_weight, grad_bias
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
     kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.to(kind) @ weight.to(kind).T
+    logits = hidden.to(kind) @ weight[:size].to(kind).T
+    return logits if bias is None else logits + bias[:size].to(kind)
