@@ -31,6 +31,8 @@ constexpr int64_t kTokenBlock = 1536;
 // Partial statistics: 16 bytes a token and chunk.
 constexpr int64_t kMaxChunks = 32;
 constexpr int64_t kMinChunkRows = 512;
+// For the chunks' own top-k lists.
+constexpr int64_t kTopKBytes = 32 * 1024 * 1024;
 // A quarter of a 1 MiB L2 for the rows of the weight that every panel of tokens meets.
 constexpr int64_t kWeightBlockBytes = 256 * 1024;
 // Vocabulary rows whose logit gradients exist at a time in the backward.
@@ -58,31 +60,93 @@ struct Matrix {
   const T* row(int64_t i) const { return data + i * stride; }
 };
 
+const float* optional_data(const std::optional<Tensor>& t) {
+  return t.has_value() ? t->const_data_ptr<float>() : nullptr;
+}
+
+// The schemas' targets, ids, vocab_mask and row_temperature, and the scalars.
+struct Options {
+  Tensor targets;
+  std::optional<Tensor> ids, vocab_mask, row_temperature;
+  double temperature, logit_scale, cap;
+  int64_t ignore_index, vocab_size;
+  bool round_logits;
+
+  Softcap softcap() const { return {static_cast<float>(logit_scale), static_cast<float>(cap)}; }
+  // wanted tokens of a row: its target and its ids
+  int64_t width() const { return 1 + (ids ? ids->size(1) : 0); }
+  // calls f(k, token) for each of them that is not to be ignored
+  template <class F>
+  void for_wanted(int64_t row, const F& f) const {
+    const int64_t count = width() - 1, target = targets.const_data_ptr<int64_t>()[row];
+    if (target != ignore_index) f(0, target);
+    const int64_t* id = ids ? ids->const_data_ptr<int64_t>() + row * count : nullptr;
+    for (int64_t k = 0; k < count; ++k)
+      if (id[k] != ignore_index) f(k + 1, id[k]);
+  }
+};
+
+// The weight, the bias and what the options say of the vocabulary, for the tile kernels.
+template <class T>
+struct HeadInputs {
+  Matrix<T> weight;
+  std::unique_ptr<float[]> bias;
+  Head head;
+
+  HeadInputs(const Tensor& weight_tensor, const std::optional<Tensor>& bias_tensor,
+             const Options& options)
+      : weight(weight_tensor) {
+    weight.rows = options.vocab_size;
+    if (bias_tensor) {
+      bias = scratch<float>(weight.rows);
+      std::copy_n(bias_tensor->const_data_ptr<T>(), weight.rows, bias.get());
+    }
+    head = {bias.get(), options.vocab_mask ? options.vocab_mask->const_data_ptr<bool>() : nullptr,
+            options.round_logits, options.softcap()};
+  }
+};
+
 // What every pass needs of the tokens that it visits: padded to whole panels.
 struct Tokens {
-  int64_t count, padded;
+  int64_t count, padded, width;
+  int panel;
   std::unique_ptr<float[]> inv_temperature;
-  std::unique_ptr<int32_t[]> target;
-  Softcap softcap;
+  // of each panel, ordered; slot = token * width + k
+  std::vector<std::vector<Pick>> picks;
 
-  Tokens(const std::vector<int64_t>& visited, const int64_t* wanted,
-         const std::optional<Tensor>& row_temperature, double temperature, Softcap cap,
-         int64_t vocab, int64_t ignore_index, int panel)
+  Tokens(const std::vector<int64_t>& visited, const Options& options, int panel)
       : count(visited.size()),
         padded(round_up(count, panel)),
+        width(options.width()),
+        panel(panel),
         inv_temperature(scratch<float>(padded)),
-        target(scratch<int32_t>(padded)),
-        softcap(cap) {
-    const float* rows = row_temperature ? row_temperature->const_data_ptr<float>() : nullptr;
+        picks(padded / panel) {
+    const float* rows = optional_data(options.row_temperature);
+    const Softcap softcap = options.softcap();
     std::fill_n(inv_temperature.get(), padded, 1.0f);
-    std::fill_n(target.get(), padded, -1);
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t row = visited[t], id = wanted[row];
-      inv_temperature[t] = softcap.inverse(rows ? rows[row] : static_cast<float>(temperature));
-      if (id >= 0 && id < vocab && id != ignore_index) target[t] = static_cast<int32_t>(id);
-    }
+    for (int64_t t = 0; t < count; ++t)
+      inv_temperature[t] =
+          softcap.inverse(rows ? rows[visited[t]] : static_cast<float>(options.temperature));
+    parallel(picks.size(), [&](int64_t from, int64_t to) {
+      for (int64_t p = from; p < to; ++p) {
+        std::vector<Pick>& own = picks[p];
+        for (int64_t t = p * panel; t < std::min(count, (p + 1) * panel); ++t)
+          options.for_wanted(visited[t], [&](int64_t k, int64_t token) {
+            if (token >= 0 && token < options.vocab_size)
+              own.push_back({static_cast<int32_t>(token), static_cast<int32_t>(t - p * panel),
+                             t * width + k});
+          });
+        std::sort(own.begin(), own.end(), [](const Pick& a, const Pick& b) {
+          return a.row != b.row ? a.row < b.row : a.slot < b.slot;
+        });
+      }
+    });
   }
-  TokenInputs at(int64_t t) const { return {inv_temperature.get() + t, target.get() + t, softcap}; }
+  template <class Unit>
+  TokenPanel<Unit> at(int64_t t, const Unit* hidden, int64_t units) const {
+    const std::vector<Pick>& own = picks[t / panel];
+    return {hidden, units, inv_temperature.get() + t, {own.data(), own.data() + own.size()}};
+  }
 };
 
 // The weight's rows as units: in place where they already are, else through a scratch copy.
@@ -103,21 +167,21 @@ class WeightRows {
                 reinterpret_cast<uintptr_t>(weight.data) % sizeof(Unit) == 0;
   }
 
-  // f(pointer, stride, first row, rows) over blocks of [begin, end)
+  // f over blocks of the rows [begin, end)
   template <class F>
   void for_blocks(int64_t begin, int64_t end, const F& f) const {
     std::unique_ptr<Unit[]> copy;
     for (int64_t row = begin; row < end; row += block_) {
       const int64_t rows = std::min(block_, end - row);
       if (in_place_ && rows % tile_rows_ == 0) {
-        f(reinterpret_cast<const Unit*>(weight_.row(row)), weight_.stride / kPerUnit<Unit>, row,
-          rows);
+        f(WeightBlock<Unit>{reinterpret_cast<const Unit*>(weight_.row(row)),
+                            weight_.stride / kPerUnit<Unit>, row, rows});
         continue;
       }
       if (!copy) copy = scratch<Unit>(block_ * units_);
       copy_rows<Unit>(weight_.row(row), weight_.stride, rows, weight_.columns,
                       round_up(rows, tile_rows_), copy.get());
-      f(copy.get(), units_, row, rows);
+      f(WeightBlock<Unit>{copy.get(), units_, row, rows});
     }
   }
   int64_t block() const { return block_; }
@@ -159,25 +223,38 @@ void pack_rows(const TileKernels<Unit, T>& kernels, const Matrix<T>& matrix, int
   });
 }
 
+struct Outputs {
+  float *logprob, *logsumexp, *entropy, *sum_sq_prob, *id_logprob, *topk_values;
+  bool* is_top1;
+  int64_t* topk_ids;
+  int64_t topk;
+};
+
 template <class Unit, class T>
-void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const Tensor& targets,
-                  const std::optional<Tensor>& row_temperature, double temperature, Softcap softcap,
-                  int64_t ignore_index, float* logprob, float* logsumexp, float* entropy) {
+void forward_rows(const Matrix<T>& hidden, const HeadInputs<T>& inputs, const Options& options,
+                  const Outputs& out) {
   const TileKernels<Unit, T> kernels = tile_kernels<Unit, T>();
   const int panel = kernels.panel;
+  const Matrix<T>& weight = inputs.weight;
   const int64_t vocab = weight.rows, units = units_of<Unit>(hidden.columns);
-  const int64_t* wanted = targets.const_data_ptr<int64_t>();
   std::vector<int64_t> all(hidden.rows);
   std::iota(all.begin(), all.end(), 0);
-  const Tokens tokens(all, wanted, row_temperature, temperature, softcap, vocab, ignore_index,
-                      panel);
+  const Tokens tokens(all, options, panel);
   const int64_t chunk_rows =
       round_up(std::max(kMinChunkRows, (vocab + kMaxChunks - 1) / kMaxChunks), kernels.rows);
   const int64_t chunks = (vocab + chunk_rows - 1) / chunk_rows;
   const WeightRows<Unit, T> rows_of(weight, kernels.rows);
-  const int64_t block = kTokenBlock / panel * panel;
+  const int64_t topk = out.topk, topk_bytes = 8 * topk * std::max<int64_t>(chunks, 1);
+  const int64_t most =
+      topk ? std::clamp<int64_t>(kTopKBytes / topk_bytes, panel, kTokenBlock) : kTokenBlock;
+  const int64_t block = most / panel * panel;
   const int64_t width = std::min(block, tokens.padded);
   auto partial = scratch<float>(chunks * 4 * width);
+  auto top_values = scratch<float>(chunks * width * topk);
+  auto top_rows = scratch<int32_t>(chunks * width * topk);
+  // logits of targets and ids
+  auto picked = scratch<float>(tokens.count * tokens.width);
+  std::fill_n(picked.get(), tokens.count * tokens.width, NAN);
 
   for (int64_t begin = 0; begin < tokens.count; begin += block) {
     const int64_t end = std::min(begin + block, tokens.count);
@@ -187,72 +264,114 @@ void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const Tensor
       float* base = partial.get() + chunk * 4 * width + t;
       return {base, base + width, base + 2 * width, base + 3 * width};
     };
+    const auto topk_of = [&](int64_t chunk, int64_t t) -> TopK {
+      const int64_t at = (chunk * width + t) * topk;
+      return {topk, top_values.get() + at, top_rows.get() + at};
+    };
     parallel(chunks, [&](int64_t from, int64_t to) {
       for (int64_t chunk = from; chunk < to; ++chunk) {
         const TokenStats stats = stats_of(chunk, 0);
         std::fill_n(stats.max, width, -INFINITY);
-        std::fill_n(stats.sum, width, 0.0f);
-        std::fill_n(stats.dot, width, 0.0f);
-        std::fill_n(stats.target_logit, width, NAN);
-        rows_of.for_blocks(chunk * chunk_rows, std::min(vocab, (chunk + 1) * chunk_rows),
-                           [&](const Unit* w, int64_t stride, int64_t first, int64_t rows) {
-                             for (int64_t p = 0; p < panels; ++p)
-                               kernels.fold_logits(
-                                   w, stride, rows, first, packed.get() + p * panel * units, units,
-                                   tokens.at(begin + p * panel), stats_of(chunk, p * panel));
-                           });
+        std::fill_n(stats.sum, 3 * width, 0.0f);
+        std::fill_n(topk_of(chunk, 0).values, width * topk, -INFINITY);
+        std::fill_n(topk_of(chunk, 0).rows, width * topk, -1);
+        rows_of.for_blocks(
+            chunk * chunk_rows, std::min(vocab, (chunk + 1) * chunk_rows),
+            [&](const WeightBlock<Unit>& rows) {
+              for (int64_t p = 0; p < panels; ++p)
+                kernels.fold_logits(
+                    rows, inputs.head,
+                    tokens.at(begin + p * panel, packed.get() + p * panel * units, units),
+                    stats_of(chunk, p * panel), picked.get(), topk_of(chunk, p * panel));
+            });
       }
     });
     for (int64_t t = begin; t < end; ++t) {
       const float inv = tokens.inv_temperature[t];
+      const float* own = picked.get() + t * tokens.width;
       SoftmaxStats stats;
+      TopK best = {topk, top_values.get() + (t - begin) * topk,
+                   top_rows.get() + (t - begin) * topk};
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const TokenStats s = stats_of(chunk, t - begin);
-        stats.merge({*s.max, *s.sum, *s.dot}, inv);
+        stats.merge({*s.max, *s.sum, *s.dot, *s.sq}, inv);
+        const TopK found = topk_of(chunk, t - begin);
+        for (int64_t k = 0; chunk > 0 && k < topk; ++k)
+          best.offer(0, found.values[k], found.rows[k]);
       }
-      logsumexp[t] = stats.logsumexp(inv);
-      const int32_t target = tokens.target[t];
-      logprob[t] = wanted[t] == ignore_index ? 0.0f : NAN;
-      if (target >= 0)
-        logprob[t] = stats.logprob(*stats_of(target / chunk_rows, t - begin).target_logit, inv);
-      if (entropy) entropy[t] = stats.entropy();
+      out.logsumexp[t] = stats.logsumexp(inv);
+      out.entropy[t] = stats.entropy();
+      out.sum_sq_prob[t] = stats.sum_sq_prob();
+      float* id_logprob = out.id_logprob + t * (tokens.width - 1);
+      out.logprob[t] = 0.0f;
+      std::fill_n(id_logprob, tokens.width - 1, 0.0f);
+      options.for_wanted(t, [&](int64_t k, int64_t) {
+        (k == 0 ? out.logprob[t] : id_logprob[k - 1]) = stats.logprob(own[k], inv);
+      });
+      // a target that is ignored or does not exist was not picked: NaN
+      out.is_top1[t] = own[0] >= stats.max;
+      for (int64_t k = 0; k < topk; ++k) {
+        const bool exists = best.rows[k] >= 0;
+        out.topk_values[t * topk + k] = exists ? stats.logprob(best.values[k], inv) : -INFINITY;
+        out.topk_ids[t * topk + k] = best.rows[k];
+      }
     }
   }
 }
 
-const float* optional_data(const std::optional<Tensor>& t) {
-  return t.has_value() ? t->const_data_ptr<float>() : nullptr;
-}
-
 struct Upstream {
-  const float *logprob, *logsumexp, *entropy;
+  const float *logprob, *logsumexp, *entropy, *id_logprob;
+
+  // Of the k-th wanted token of a row: see Options::for_wanted.
+  float at(int64_t row, int64_t k, int64_t width) const {
+    if (k == 0) return logprob ? logprob[row] : 0.0f;
+    return id_logprob ? id_logprob[row * (width - 1) + k - 1] : 0.0f;
+  }
 
   // Tokens with any gradient at all: advantages of 0 and clipped ratios leave many without.
-  std::vector<int64_t> live(const int64_t* wanted, int64_t ignore_index, int64_t count) const {
+  std::vector<int64_t> live(const Options& options, int64_t count) const {
     std::vector<int64_t> rows;
     rows.reserve(count);
     for (int64_t t = 0; t < count; ++t) {
-      const bool any = (logprob && wanted[t] != ignore_index && logprob[t] != 0.0f) ||
-                       (logsumexp && logsumexp[t] != 0.0f) || (entropy && entropy[t] != 0.0f);
+      bool any = (logsumexp && logsumexp[t] != 0.0f) || (entropy && entropy[t] != 0.0f);
+      options.for_wanted(
+          t, [&](int64_t k, int64_t) { any = any || at(t, k, options.width()) != 0.0f; });
       if (any) rows.push_back(t);
     }
     return rows;
   }
 };
 
+// Sums of the rows of a block of logit gradients, in a fixed order.
+template <class Unit>
+void add_row_sums(const Unit* data, int64_t rows, int64_t columns, float* sums) {
+  using Element = std::conditional_t<std::is_same_v<Unit, Pair>, bf16, float>;
+  const Element* row = reinterpret_cast<const Element*>(data);
+  parallel(rows, [&](int64_t from, int64_t to) {
+    for (int64_t r = from; r < to; ++r) {
+      f32x16 sum{};
+      for (int64_t c = 0; c < columns; c += kLanes) sum += load(row + r * columns + c);
+      sums[r] += reduce_add(sum);
+    }
+  });
+}
+
+template <class T>
+struct Grads {
+  T *hidden, *weight, *bias;  // null: not needed
+};
+
 template <class Unit, class T>
-void backward_rows(Upstream upstream, const Matrix<T>& given, const Matrix<T>& weight,
-                   const Tensor& targets, const float* logsumexp, const float* entropy,
-                   const std::optional<Tensor>& row_temperature, double temperature,
-                   Softcap softcap, int64_t ignore_index, T* grad_hidden, T* grad_weight) {
+void backward_rows(const Upstream& upstream, const Matrix<T>& given, const HeadInputs<T>& inputs,
+                   const Options& options, const float* logsumexp, const float* entropy,
+                   const Grads<T>& grads) {
   constexpr int64_t kPer = kPerUnit<Unit>;
   const TileKernels<Unit, T> kernels = tile_kernels<Unit, T>();
   const int panel = kernels.panel;
+  const Matrix<T>& weight = inputs.weight;
   const int64_t vocab = weight.rows, depth = given.columns, units = units_of<Unit>(depth);
-  const int64_t* wanted = targets.const_data_ptr<int64_t>();
-  const std::vector<int64_t> live = upstream.live(wanted, ignore_index, given.rows);
-  const Tokens tokens(live, wanted, row_temperature, temperature, softcap, vocab, ignore_index,
-                      panel);
+  const std::vector<int64_t> live = upstream.live(options, given.rows);
+  const Tokens tokens(live, options, panel);
   const int64_t padded = tokens.padded;
   // rows without a gradient drop out of all three products
   const bool gathers = tokens.count < given.rows;
@@ -262,21 +381,25 @@ void backward_rows(Upstream upstream, const Matrix<T>& given, const Matrix<T>& w
       std::copy_n(given.row(live[t]), depth, gathered.get() + t * depth);
   const Matrix<T> hidden = gathers ? Matrix<T>(gathered.get(), tokens.count, depth) : given;
 
-  auto token_grads = scratch<float>(4 * padded);
-  float* fields[4];
-  for (int i = 0; i < 4; ++i) fields[i] = token_grads.get() + i * padded;
-  std::fill_n(fields[0], 4 * padded, 0.0f);
+  auto token_grads = scratch<float>(3 * padded);
+  float* fields[3];
+  for (int i = 0; i < 3; ++i) fields[i] = token_grads.get() + i * padded;
+  std::fill_n(fields[0], 3 * padded, 0.0f);
+  auto pick_grad = scratch<float>(tokens.count * tokens.width);
   for (int64_t t = 0; t < tokens.count; ++t) {
     const int64_t row = live[t];
-    const bool ignored = wanted[row] == ignore_index;
-    const SoftmaxGrad g(upstream.logprob && !ignored ? upstream.logprob[row] : 0.0f,
-                        upstream.entropy ? upstream.entropy[row] : 0.0f,
+    float at_tokens = 0.0f;
+    options.for_wanted(row, [&](int64_t k, int64_t) {
+      const float g = upstream.at(row, k, tokens.width);
+      pick_grad[t * tokens.width + k] = g;
+      at_tokens += g;
+    });
+    const SoftmaxGrad g(at_tokens, upstream.entropy ? upstream.entropy[row] : 0.0f,
                         upstream.logsumexp ? upstream.logsumexp[row] : 0.0f,
                         upstream.entropy ? entropy[row] : 0.0f);
-    fields[0][t] = g.target;
-    fields[1][t] = g.constant;
-    fields[2][t] = g.entropy;
-    fields[3][t] = logsumexp[row];
+    fields[0][t] = g.constant;
+    fields[1][t] = g.entropy;
+    fields[2][t] = logsumexp[row];
   }
 
   const int64_t block = kTokenBlock / panel * panel;
@@ -288,41 +411,44 @@ void backward_rows(Upstream upstream, const Matrix<T>& given, const Matrix<T>& w
 
   auto by_vocab = scratch<Unit>(grad_rows * width / kPer);
   auto by_token = scratch<Unit>(grad_rows * width / kPer);
-  auto weight_panels = grad_hidden ? scratch<Unit>(grad_rows / kPer * wide) : nullptr;
-  auto token_panels = grad_weight ? scratch<Unit>(width / kPer * wide) : nullptr;
-  auto hidden_sum = grad_hidden ? scratch<float>(padded * wide) : nullptr;
-  auto weight_sum = grad_weight ? scratch<float>(grad_rows * wide) : nullptr;
+  auto weight_panels = grads.hidden ? scratch<Unit>(grad_rows / kPer * wide) : nullptr;
+  auto token_panels = grads.weight ? scratch<Unit>(width / kPer * wide) : nullptr;
+  auto hidden_sum = grads.hidden ? scratch<float>(padded * wide) : nullptr;
+  auto weight_sum = grads.weight ? scratch<float>(grad_rows * wide) : nullptr;
+  auto bias_sum = scratch<float>(grads.bias ? grad_rows : 0);
   // an empty vocabulary adds nothing
-  if (grad_hidden && vocab == 0) std::fill_n(hidden_sum.get(), padded * wide, 0.0f);
+  if (grads.hidden && vocab == 0) std::fill_n(hidden_sum.get(), padded * wide, 0.0f);
   std::unique_ptr<Unit[]> packed;
 
   for (int64_t v0 = 0; v0 < vocab; v0 += grad_rows) {
     const int64_t v1 = std::min(vocab, v0 + grad_rows), rows = v1 - v0;
     const int64_t padded_rows = round_up(rows, kernels.rows);
-    if (grad_hidden) pack_rows(kernels, weight, v0, v1, padded_rows / kPer, weight_panels.get());
-    if (grad_weight && tokens.count == 0) std::fill_n(weight_sum.get(), padded_rows * wide, 0.0f);
+    if (grads.hidden) pack_rows(kernels, weight, v0, v1, padded_rows / kPer, weight_panels.get());
+    if (grads.weight && tokens.count == 0) std::fill_n(weight_sum.get(), padded_rows * wide, 0.0f);
+    if (grads.bias) std::fill_n(bias_sum.get(), rows, 0.0f);
 
     for (int64_t t0 = 0; t0 < tokens.count; t0 += block) {
       const int64_t t1 = std::min(tokens.count, t0 + block);
       const int64_t panels = round_up(t1 - t0, panel) / panel, columns = panels * panel;
       if (!one_block || v0 == 0) {
         packed = pack_tokens<Unit>(hidden, t0, t1, panel);
-        if (grad_weight) pack_rows(kernels, hidden, t0, t1, columns / kPer, token_panels.get());
+        if (grads.weight) pack_rows(kernels, hidden, t0, t1, columns / kPer, token_panels.get());
       }
       // the gradient of this block of logits, in both orders
       parallel(panels, [&](int64_t from, int64_t to) {
-        rows_of.for_blocks(v0, v1, [&](const Unit* w, int64_t stride, int64_t first, int64_t n) {
+        rows_of.for_blocks(v0, v1, [&](const WeightBlock<Unit>& rows_in) {
           for (int64_t p = from; p < to; ++p) {
-            const int64_t t = t0 + p * panel, row = first - v0;
+            const int64_t t = t0 + p * panel, row = rows_in.first - v0;
             kernels.logit_gradient(
-                w, stride, n, first, packed.get() + p * panel * units, units, tokens.at(t),
-                {fields[0] + t, fields[1] + t, fields[2] + t, fields[3] + t},
+                rows_in, inputs.head, tokens.at(t, packed.get() + p * panel * units, units),
+                {fields[0] + t, fields[1] + t, fields[2] + t}, pick_grad.get(),
                 by_vocab.get() + (row * columns + p * panel) / kPer, columns / kPer,
                 by_token.get() + (p * padded_rows + row) / kPer * panel);
           }
         });
       });
-      if (grad_hidden) {
+      if (grads.bias) add_row_sums(by_vocab.get(), rows, columns, bias_sum.get());
+      if (grads.hidden) {
         parallel(panels * hidden_panels, [&](int64_t from, int64_t to) {
           for (int64_t i = from; i < to; ++i) {
             const int64_t p = i / hidden_panels, h = i % hidden_panels;
@@ -333,7 +459,7 @@ void backward_rows(Upstream upstream, const Matrix<T>& given, const Matrix<T>& w
           }
         });
       }
-      if (grad_weight) {
+      if (grads.weight) {
         // groups of rows small enough for L1 beside the panel
         const int64_t group = 8 * kernels.rows, groups = (padded_rows + group - 1) / group;
         parallel(hidden_panels * groups, [&](int64_t from, int64_t to) {
@@ -347,18 +473,19 @@ void backward_rows(Upstream upstream, const Matrix<T>& given, const Matrix<T>& w
         });
       }
     }
-    if (grad_weight) {
+    if (grads.weight) {
       parallel(rows, [&](int64_t from, int64_t to) {
         for (int64_t r = from; r < to; ++r)
-          kernels.convert_row(weight_sum.get() + r * wide, grad_weight + (v0 + r) * depth, depth);
+          kernels.convert_row(weight_sum.get() + r * wide, grads.weight + (v0 + r) * depth, depth);
       });
     }
+    if (grads.bias) kernels.convert_row(bias_sum.get(), grads.bias + v0, rows);
   }
-  if (grad_hidden) {
-    if (gathers) std::fill_n(grad_hidden, given.rows * depth, T(0.0f));
+  if (grads.hidden) {
+    if (gathers) std::fill_n(grads.hidden, given.rows * depth, T(0.0f));
     parallel(tokens.count, [&](int64_t from, int64_t to) {
       for (int64_t t = from; t < to; ++t)
-        kernels.convert_row(hidden_sum.get() + t * wide, grad_hidden + live[t] * depth, depth);
+        kernels.convert_row(hidden_sum.get() + t * wide, grads.hidden + live[t] * depth, depth);
     });
   }
 }
@@ -372,11 +499,13 @@ void with_unit(const F& f) {
   f(float{});
 }
 
-void check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& targets) {
+void check_inputs(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+                  const Options& options) {
   RLK_CHECK_CPU(hidden);
   RLK_CHECK_CPU(weight);
   RLK_CHECK_DIM(hidden, 2);
   RLK_CHECK_DIM(weight, 2);
+  const Tensor& targets = options.targets;
   RLK_CHECK_DTYPE(targets, Long);
   RLK_CHECK_CONTIGUOUS(targets);
   RLK_CHECK_SIZE(targets, 0, hidden.size(0));
@@ -386,56 +515,98 @@ void check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& targ
   STD_TORCH_CHECK(hidden.size(1) == 0 || hidden.stride(1) == 1, "hidden must have contiguous rows");
   STD_TORCH_CHECK(weight.size(1) == 0 || weight.stride(1) == 1, "weight must have contiguous rows");
   STD_TORCH_CHECK(weight.size(0) < (int64_t{1} << 31), "weight must have fewer than 2^31 rows");
+  STD_TORCH_CHECK(options.vocab_size >= 0 && options.vocab_size <= weight.size(0),
+                  "vocab_size must lie in [0, V]");
+  if (bias) {
+    RLK_CHECK_CONTIGUOUS(*bias);
+    RLK_CHECK_SIZE(*bias, 0, weight.size(0));
+    STD_TORCH_CHECK(bias->scalar_type() == weight.scalar_type(),
+                    "bias and weight must have the same dtype");
+  }
+  if (options.ids) {
+    RLK_CHECK_DTYPE(*options.ids, Long);
+    RLK_CHECK_DIM(*options.ids, 2);
+    RLK_CHECK_CONTIGUOUS(*options.ids);
+    RLK_CHECK_SIZE(*options.ids, 0, hidden.size(0));
+  }
+  if (options.vocab_mask) {
+    RLK_CHECK_DTYPE(*options.vocab_mask, Bool);
+    RLK_CHECK_CONTIGUOUS(*options.vocab_mask);
+    RLK_CHECK_SIZE(*options.vocab_mask, 0, weight.size(0));
+  }
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight, Tensor targets,
-                                           std::optional<Tensor> row_temperature,
-                                           double temperature, double logit_scale, double cap,
-                                           int64_t ignore_index, bool want_entropy) {
-  check_inputs(hidden, weight, targets);
-  const Softcap softcap = {static_cast<float>(logit_scale), static_cast<float>(cap)};
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// batch_invariant and chunk_size change nothing here: a row's bits depend on no other row, and no
+// logits are stored.
+Forward forward(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
+                std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,
+                std::optional<Tensor> row_temperature, double temperature, double logit_scale,
+                double softcap, int64_t ignore_index, int64_t vocab_size, bool round_logits,
+                int64_t topk, bool batch_invariant, int64_t chunk_size) {
+  const Options options = {targets,     ids,     vocab_mask,   row_temperature, temperature,
+                           logit_scale, softcap, ignore_index, vocab_size,      round_logits};
+  check_inputs(hidden, weight, bias, options);
   const int64_t count = hidden.size(0);
-  const auto kFloat = torch::headeronly::ScalarType::Float;
-  Tensor logprob = torch::stable::new_empty(hidden, {count}, kFloat);
-  Tensor logsumexp = torch::stable::new_empty(hidden, {count}, kFloat);
-  Tensor entropy = torch::stable::new_empty(hidden, {want_entropy ? count : 0}, kFloat);
+  using torch::headeronly::ScalarType;
+  const auto stat = [&] { return torch::stable::new_empty(hidden, {count}, ScalarType::Float); };
+  Tensor logprob = stat(), logsumexp = stat(), entropy = stat(), sum_sq_prob = stat();
+  Tensor is_top1 = torch::stable::new_empty(hidden, {count}, ScalarType::Bool);
+  Tensor id_logprob =
+      torch::stable::new_empty(hidden, {count, options.width() - 1}, ScalarType::Float);
+  Tensor topk_values = torch::stable::new_empty(hidden, {count, topk}, ScalarType::Float);
+  Tensor topk_ids = torch::stable::new_empty(hidden, {count, topk}, ScalarType::Long);
+  const Outputs out = {logprob.mutable_data_ptr<float>(),
+                       logsumexp.mutable_data_ptr<float>(),
+                       entropy.mutable_data_ptr<float>(),
+                       sum_sq_prob.mutable_data_ptr<float>(),
+                       id_logprob.mutable_data_ptr<float>(),
+                       topk_values.mutable_data_ptr<float>(),
+                       is_top1.mutable_data_ptr<bool>(),
+                       topk_ids.mutable_data_ptr<int64_t>(),
+                       topk};
   RLK_DISPATCH_FLOAT(hidden, T, {
     with_unit<T>([&](auto unit) {
-      forward_rows<decltype(unit)>(
-          Matrix<T>(hidden), Matrix<T>(weight), targets, row_temperature, temperature, softcap,
-          ignore_index, logprob.mutable_data_ptr<float>(), logsumexp.mutable_data_ptr<float>(),
-          want_entropy ? entropy.mutable_data_ptr<float>() : nullptr);
+      forward_rows<decltype(unit)>(Matrix<T>(hidden), HeadInputs<T>(weight, bias, options), options,
+                                   out);
     });
   });
-  return {logprob, logsumexp, entropy};
+  return {logprob, logsumexp, entropy, sum_sq_prob, is_top1, id_logprob, topk_values, topk_ids};
 }
 
-std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_logprob,
-                                    std::optional<Tensor> grad_logsumexp,
-                                    std::optional<Tensor> grad_entropy, Tensor hidden,
-                                    Tensor weight, Tensor targets, Tensor logsumexp, Tensor entropy,
-                                    std::optional<Tensor> row_temperature, double temperature,
-                                    double logit_scale, double cap, int64_t ignore_index,
-                                    bool need_hidden, bool need_weight) {
-  check_inputs(hidden, weight, targets);
-  const Softcap softcap = {static_cast<float>(logit_scale), static_cast<float>(cap)};
-  Tensor grad_hidden =
-      torch::stable::new_empty(hidden, {need_hidden ? hidden.size(0) : 0, hidden.size(1)});
-  Tensor grad_weight =
-      torch::stable::new_empty(hidden, {need_weight ? weight.size(0) : 0, weight.size(1)});
+std::tuple<Tensor, Tensor, Tensor> backward(
+    std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_logsumexp,
+    std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_id_logprob, Tensor hidden,
+    Tensor weight, std::optional<Tensor> bias, Tensor targets, std::optional<Tensor> ids,
+    std::optional<Tensor> vocab_mask, std::optional<Tensor> row_temperature, Tensor logsumexp,
+    Tensor entropy, double temperature, double logit_scale, double softcap, int64_t ignore_index,
+    int64_t vocab_size, bool round_logits, bool batch_invariant, int64_t chunk_size,
+    bool need_hidden, bool need_weight, bool need_bias) {
+  const Options options = {targets,     ids,     vocab_mask,   row_temperature, temperature,
+                           logit_scale, softcap, ignore_index, vocab_size,      round_logits};
+  check_inputs(hidden, weight, bias, options);
+  const int64_t vocab = weight.size(0), depth = hidden.size(1);
+  Tensor grad_hidden = torch::stable::new_empty(hidden, {need_hidden ? hidden.size(0) : 0, depth});
+  Tensor grad_weight = torch::stable::new_empty(hidden, {need_weight ? vocab : 0, depth});
+  Tensor grad_bias = torch::stable::new_empty(hidden, {need_bias ? vocab : 0});
   const Upstream upstream = {optional_data(grad_logprob), optional_data(grad_logsumexp),
-                             optional_data(grad_entropy)};
+                             optional_data(grad_entropy), optional_data(grad_id_logprob)};
   RLK_DISPATCH_FLOAT(hidden, T, {
+    const Grads<T> grads = {need_hidden ? grad_hidden.mutable_data_ptr<T>() : nullptr,
+                            need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr,
+                            need_bias ? grad_bias.mutable_data_ptr<T>() : nullptr};
     with_unit<T>([&](auto unit) {
-      backward_rows<decltype(unit)>(upstream, Matrix<T>(hidden), Matrix<T>(weight), targets,
-                                    logsumexp.const_data_ptr<float>(),
-                                    entropy.const_data_ptr<float>(), row_temperature, temperature,
-                                    softcap, ignore_index,
-                                    need_hidden ? grad_hidden.mutable_data_ptr<T>() : nullptr,
-                                    need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr);
+      backward_rows<decltype(unit)>(
+          upstream, Matrix<T>(hidden), HeadInputs<T>(weight, bias, options), options,
+          logsumexp.const_data_ptr<float>(), entropy.const_data_ptr<float>(), grads);
     });
+    // padding of the vocabulary
+    if (need_weight)
+      std::fill_n(grads.weight + vocab_size * depth, (vocab - vocab_size) * depth, T(0.0f));
+    if (need_bias) std::fill_n(grads.bias + vocab_size, vocab - vocab_size, T(0.0f));
   });
-  return {grad_hidden, grad_weight};
+  return {grad_hidden, grad_weight, grad_bias};
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -27,27 +28,81 @@ struct Pair {
 template <class Unit>
 constexpr int64_t kPerUnit = std::is_same_v<Unit, Pair> ? 2 : 1;
 
-// Per token, read by the tiles; all arrays padded to whole panels.
-struct TokenInputs {
-  const float* inv_temperature;
-  const int32_t* target;  // -1: none in the vocabulary
+// What lies between the products and the softmax, by row of the vocabulary.
+struct Head {
+  const float* bias = nullptr;
+  const bool* mask = nullptr;  // false: not in the vocabulary
+  bool round = false;          // to bfloat16
   Softcap softcap;
+
+  bool plain() const { return !bias && !mask && !round && !softcap.on(); }
+  bool masked(int64_t row) const { return mask && !mask[row]; }
 };
 
-// Per token, updated by the tiles: see math/softmax_stats.h.
+// A logit that is wanted for itself: a target's, or an id's.
+struct Pick {
+  int32_t row;   // of the vocabulary
+  int32_t lane;  // token of the panel
+  int64_t slot;  // where its value goes to, or its gradient comes from
+};
+
+// The picks of one panel, ordered by row.
+struct Picks {
+  const Pick* begin;
+  const Pick* end;
+};
+
+// The largest logits so far of each token of a panel: k values and rows a token, largest first.
+struct TopK {
+  int64_t k = 0;
+  float* values = nullptr;
+  int32_t* rows = nullptr;
+
+  // Equal logits stay in the order in which they come.
+  void offer(int64_t lane, float value, int32_t row) const {
+    float* best = values + lane * k;
+    int32_t* from = rows + lane * k;
+    int64_t i = k;
+    for (; i > 0 && value > best[i - 1]; --i) {
+      if (i == k) continue;
+      best[i] = best[i - 1];
+      from[i] = from[i - 1];
+    }
+    if (i == k) return;
+    best[i] = value;
+    from[i] = row;
+  }
+};
+
+// Per token of a panel, updated by the tiles: see math/softmax_stats.h.
 struct TokenStats {
   float* max;
   float* sum;
   float* dot;
-  float* target_logit;
+  float* sq;
 };
 
-// Per token: the fields of SoftmaxGrad, and the row's logsumexp.
+// Per token of a panel: the fields of SoftmaxGrad, and the row's logsumexp.
 struct TokenGrads {
-  const float* target;
   const float* constant;
   const float* entropy;
   const float* logsumexp;
+};
+
+// Rows of the weight that a tile kernel visits: `count` from row `first` of the vocabulary on.
+template <class Unit>
+struct WeightBlock {
+  const Unit* data;
+  int64_t stride, first, count;
+};
+
+// One panel of tokens.
+template <class Unit>
+struct TokenPanel {
+  const Unit* hidden;
+  int64_t units;
+  const float* inv_temperature;
+  Picks picks;
 };
 
 // The functions of one instruction set, for operands of type T.
@@ -55,12 +110,12 @@ template <class Unit, class T>
 struct TileKernels {
   int rows;   // of C in a register tile
   int panel;  // columns of C in a register tile
-  void (*fold_logits)(const Unit* weight, int64_t row_stride, int64_t rows, int64_t first_row,
-                      const Unit* hidden, int64_t units, const TokenInputs& token,
-                      const TokenStats& stats);
-  void (*logit_gradient)(const Unit* weight, int64_t row_stride, int64_t rows, int64_t first_row,
-                         const Unit* hidden, int64_t units, const TokenInputs& token,
-                         const TokenGrads& grads, Unit* by_vocab, int64_t vocab_stride,
+  void (*fold_logits)(const WeightBlock<Unit>& weight, const Head& head,
+                      const TokenPanel<Unit>& tokens, const TokenStats& stats, float* picked,
+                      const TopK& topk);
+  void (*logit_gradient)(const WeightBlock<Unit>& weight, const Head& head,
+                         const TokenPanel<Unit>& tokens, const TokenGrads& grads,
+                         const float* pick_grad, Unit* by_vocab, int64_t vocab_stride,
                          Unit* by_token);
   void (*product)(const Unit* a, int64_t row_stride, int64_t unit_stride, const Unit* b,
                   int64_t units, int64_t rows, float* c, int64_t c_stride, bool add);

@@ -57,55 +57,99 @@ RLK_TARGET static __attribute__((noinline)) void multiply(const Unit* a, int64_t
     for (int v = 0; v < kVectors; ++v) store_as(c + r * c_stride + v * kWidth, acc[r][v]);
 }
 
-// Logits of kRows vocabulary rows for one panel of tokens, as the softmax sees them.
-template <class Unit>
-RLK_TARGET static inline __attribute__((always_inline)) void tile_logits(
-    const Unit* weight, int64_t row_stride, const Unit* hidden, int64_t units, Softcap softcap,
-    float* logits) {
-  multiply(weight, row_stride, 1, hidden, units, logits, kPanel, false);
-  if (softcap.on())
-    for (int i = 0; i < kRows * kPanel; i += kWidth)
-      store_as(logits + i, softcap.apply(load_as<V>(logits + i)));
+// From products to logits as the softmax sees them.
+RLK_TARGET static __attribute__((noinline)) void apply_head(const Head& head, int64_t first,
+                                                            int count, float* logits) {
+  for (int r = 0; r < count; ++r, logits += kPanel) {
+    const V bias = V{} + (head.bias ? head.bias[first + r] : 0.0f);
+    for (int t = 0; t < kPanel; t += kWidth) {
+      V x = load_as<V>(logits + t);
+      if (head.bias) x += bias;
+      if (head.round) x = (V)(bf16_bits(x) << 16);
+      if (head.softcap.on()) x = head.softcap.apply(x);
+      if (head.masked(first + r)) x = V{} - INFINITY;
+      store_as(logits + t, x);
+    }
+  }
 }
 
-// Logits of `rows` vocabulary rows for one panel of tokens, folded into the panel's statistics.
+// Logits of kRows vocabulary rows, of which `count` exist, for one panel of tokens.
 template <class Unit>
-RLK_TARGET static void fold_logits(const Unit* weight, int64_t row_stride, int64_t rows,
-                                   int64_t first_row, const Unit* hidden, int64_t units,
-                                   const TokenInputs& token, const TokenStats& stats) {
+RLK_TARGET static inline __attribute__((always_inline)) void tile_logits(
+    const WeightBlock<Unit>& weight, int64_t row, int count, const Head& head,
+    const TokenPanel<Unit>& tokens, float* logits) {
+  multiply(weight.data + row * weight.stride, weight.stride, 1, tokens.hidden, tokens.units, logits,
+           kPanel, false);
+  if (!head.plain()) apply_head(head, weight.first + row, count, logits);
+}
+
+RLK_TARGET static __attribute__((noinline)) void offer_tile(const TopK& topk, const float* logits,
+                                                            int count, int64_t first) {
+  for (int r = 0; r < count; ++r)
+    for (int t = 0; t < kPanel; ++t) {
+      const float value = logits[r * kPanel + t];
+      if (value > topk.values[(t + 1) * topk.k - 1])
+        topk.offer(t, value, static_cast<int32_t>(first + r));
+    }
+}
+
+// The picks from `pick` on that lie before row `end`: their tile-relative positions to f.
+template <class F>
+RLK_TARGET static inline __attribute__((always_inline)) const Pick* for_picks(
+    const Pick* pick, const Pick* last, int64_t first, int64_t end, const F& f) {
+  for (; pick != last && pick->row < end; ++pick)
+    f((pick->row - first) * kPanel + pick->lane, pick->slot);
+  return pick;
+}
+
+// The first pick at row `first` or later.
+inline const Pick* first_pick(const Picks& picks, int64_t first) {
+  return std::lower_bound(picks.begin, picks.end, first,
+                          [](const Pick& pick, int64_t row) { return pick.row < row; });
+}
+
+// Logits of a block of the vocabulary for one panel of tokens, folded into the panel's statistics.
+template <class Unit>
+RLK_TARGET static void fold_logits(const WeightBlock<Unit>& weight, const Head& head,
+                                   const TokenPanel<Unit>& tokens, const TokenStats& stats,
+                                   float* picked, const TopK& topk) {
   float logits[kRows * kPanel];
-  for (int64_t row = 0; row < rows; row += kRows) {
-    tile_logits(weight + row * row_stride, row_stride, hidden, units, token.softcap, logits);
-    const int count = static_cast<int>(std::min<int64_t>(kRows, rows - row));
+  const Pick* pick = first_pick(tokens.picks, weight.first);
+  for (int64_t row = 0; row < weight.count; row += kRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kRows, weight.count - row));
+    const int64_t first = weight.first + row;
+    tile_logits(weight, row, count, head, tokens, logits);
+    pick = for_picks(pick, tokens.picks.end, first, first + count,
+                     [&](int64_t at, int64_t slot) { picked[slot] = logits[at]; });
+    if (topk.k > 0) offer_tile(topk, logits, count, first);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int64_t t = v * kWidth;
-      const V inv = load_as<V>(token.inv_temperature + t);
+      const V inv = load_as<V>(tokens.inv_temperature + t);
       const V old_max = load_as<V>(stats.max + t);
       V top = old_max;
       for (int r = 0; r < count; ++r) top = vmax(load_as<V>(logits + r * kPanel + t), top);
-      V shift = (old_max - top) * inv;
+      // while all logits are -inf any finite reference point gives sums of 0
+      const V anchor = at_least(top, -FLT_MAX);
+      V shift = (old_max - anchor) * inv;
       shift = at_least(shift, kExpUnderflow);
-      const V scale = exp(shift);
+      const V scale = exp_in_range(shift);
       V sum = load_as<V>(stats.sum + t);
       V dotted = scale * (load_as<V>(stats.dot + t) + sum * shift);
+      V sq = scale * scale * load_as<V>(stats.sq + t);
       sum = scale * sum;
-      const I target = load_as<I>(token.target + t);
-      V hit = load_as<V>(stats.target_logit + t);
       for (int r = 0; r < count; ++r) {
-        V d = (load_as<V>(logits + r * kPanel + t) - top) * inv;
+        V d = (load_as<V>(logits + r * kPanel + t) - anchor) * inv;
         d = at_least(d, kExpUnderflow);
-        const V e = exp(d);
+        const V e = exp_in_range(d);
         sum += e;
         dotted += e * d;
-        hit = target == static_cast<int32_t>(first_row + row + r)
-                  ? load_as<V>(logits + r * kPanel + t)
-                  : hit;
+        sq += e * e;
       }
       store_as(stats.max + t, top);
       store_as(stats.sum + t, sum);
       store_as(stats.dot + t, dotted);
-      store_as(stats.target_logit + t, hit);
+      store_as(stats.sq + t, sq);
     }
   }
 }
@@ -138,41 +182,50 @@ RLK_TARGET static inline __attribute__((always_inline)) void store_units(const f
 }
 #endif
 
-// The same logits again, turned into the loss's gradient with respect to them. Rows from
-// `rows` on, up to the next multiple of kRows, are written as 0.
+// The same logits again, turned into the loss's gradient with respect to the products. Rows from
+// weight.count on, up to the next multiple of kRows, are written as 0.
 template <class Unit>
-RLK_TARGET static void logit_gradient(const Unit* weight, int64_t row_stride, int64_t rows,
-                                      int64_t first_row, const Unit* hidden, int64_t units,
-                                      const TokenInputs& token, const TokenGrads& grads,
-                                      Unit* by_vocab, int64_t vocab_stride, Unit* by_token) {
+RLK_TARGET static void logit_gradient(const WeightBlock<Unit>& weight, const Head& head,
+                                      const TokenPanel<Unit>& tokens, const TokenGrads& grads,
+                                      const float* pick_grad, Unit* by_vocab, int64_t vocab_stride,
+                                      Unit* by_token) {
   constexpr int64_t kPer = kPerUnit<Unit>;
   float logits[kRows * kPanel];
-  for (int64_t row = 0; row < rows; row += kRows) {
-    tile_logits(weight + row * row_stride, row_stride, hidden, units, token.softcap, logits);
-    const int count = static_cast<int>(std::min<int64_t>(kRows, rows - row));
+  // gradients with respect to the picks of a tile; zeros between tiles
+  float at_picks[kRows * kPanel] = {};
+  const Pick* pick = first_pick(tokens.picks, weight.first);
+  for (int64_t row = 0; row < weight.count; row += kRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kRows, weight.count - row));
+    const int64_t first = weight.first + row;
+    tile_logits(weight, row, count, head, tokens, logits);
+    const Pick* const picks = pick;
+    pick = for_picks(pick, tokens.picks.end, first, first + count,
+                     [&](int64_t at, int64_t slot) { at_picks[at] += pick_grad[slot]; });
+    const bool any_pick = pick != picks;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int64_t t = v * kWidth;
-      const V inv = load_as<V>(token.inv_temperature + t);
+      const V inv = load_as<V>(tokens.inv_temperature + t);
       const V lse = load_as<V>(grads.logsumexp + t);
       const V constant = load_as<V>(grads.constant + t);
       const V b = load_as<V>(grads.entropy + t);
-      const V a = load_as<V>(grads.target + t);
-      const I target = load_as<I>(token.target + t);
       V d[kRows];
       for (int r = 0; r < kRows; ++r) {
         const V y = load_as<V>(logits + r * kPanel + t);
         V log_p = y * inv - lse;
         log_p = at_least(log_p, kExpUnderflow);
-        V g = exp(log_p) * (constant - b * log_p);
-        g = target == static_cast<int32_t>(first_row + row + r) ? g + a : g;
+        V g = exp_in_range(log_p) * (constant - b * log_p);
+        if (any_pick) g += load_as<V>(at_picks + r * kPanel + t);
         g *= inv;
-        if (token.softcap.on()) g *= token.softcap.slope(y);
-        d[r] = r < count ? g : V{};
+        if (head.softcap.on()) g *= head.softcap.slope(y);
+        d[r] = r < count && !head.masked(first + r) ? g : V{};
       }
       store_units(d, kRows, by_vocab + row * vocab_stride + t / kPer, vocab_stride,
                   by_token + row / kPer * kPanel + t);
     }
+    if (any_pick)
+      for_picks(picks, pick, first, first + count,
+                [&](int64_t at, int64_t) { at_picks[at] = 0.0f; });
   }
 }
 
