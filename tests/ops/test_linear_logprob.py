@@ -10,27 +10,40 @@ from hypothesis import strategies as st
 from ops import checks
 
 import rlkern
+from rlkern.ops._logprob import Rows, Scalars, Stats
 from rlkern.ops.linear_logprob import reference, samples
 from rlkern.ops.logprob_from_logits import reference as from_logits
 from rlkern.testing.numerics import assert_same_bits, assert_within_budget, to_double
 
 OP = "linear_logprob"
 ALL = ("logprob", "entropy", "logsumexp")
-# temperature, logit_scale, softcap, ignore_index
-PLAIN = (1.0, 1.0, 0.0, -100)
-# the order of the ops' outputs
-NAMES = ("logprob", "logsumexp", "entropy")
+
+
+def arguments(hidden, weight, targets, *scalars, bias=None, ids=None, mask=None, rows=None, **how):
+    """Of forward. scalars: temperature, logit_scale, softcap, ignore_index; 1, 1, 0, -100."""
+    scalars = (*scalars, *(1.0, 1.0, 0.0, -100)[len(scalars) :])
+    scalars = (*scalars, how.pop("size", len(weight)), how.pop("rounding", False))
+    inputs = (*Rows(targets, ids, mask, rows), *Scalars(*scalars))
+    how = {"topk": 0, "invariant": False, "chunk": 0} | how
+    return (hidden, weight, bias, *inputs, how["topk"], how["invariant"], how["chunk"])
+
+
 # the products are summed in another order than torch's
 SUM_ULPS = 64
 
 
 def plain_torch_gradients(inputs: tuple) -> tuple:
     """What torch's own matmuls give in the inputs' dtype: the yardstick of 16-bit gradients."""
-    *grads, hidden, weight, targets, lse, entropy, rows = inputs[:9]
-    logits = (hidden @ weight.T).float()
-    saved = (logits, targets, lse, entropy, rows, *inputs[9:-2])
-    d_logits = from_logits.backward(*grads, *saved).to(hidden.dtype)
-    return d_logits @ weight, d_logits.T @ hidden
+    hidden, weight, bias, *shared = inputs[4:-5]
+    size = shared[10]
+    logits = (hidden @ weight[:size].T).float()
+    if bias is not None:
+        logits = logits + bias[:size].float()
+    d_logits = from_logits.backward(*inputs[:4], logits, *shared).to(hidden.dtype)
+    pad = len(weight) - size
+    d_weight = torch.nn.functional.pad(d_logits.T @ hidden, (0, 0, 0, pad))
+    d_bias = torch.nn.functional.pad(d_logits.float().sum(0), (0, pad)).to(hidden.dtype)
+    return d_logits @ weight[:size], d_weight, weight[:0, 0] if bias is None else d_bias
 
 
 def assert_close_as_torch(what, got, truth, torchs):
@@ -50,16 +63,21 @@ def assert_close_as_torch(what, got, truth, torchs):
 @pytest.mark.parametrize("per_row", [False, True])
 def test_reference_gradient_is_the_derivative(per_row, cap):
     targets = torch.tensor([0, 6, -100, 3])
+    ids = torch.tensor([[0, 2], [-100, 6], [1, 1], [3, 0]])
     rows = torch.linspace(0.5, 2, 4, dtype=torch.float64) if per_row else None
     hidden = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    outputs = reference.forward(hidden, weight, targets, rows, 0.7, 1.3, cap, -100, True)
-    upstream = [torch.randn(4, dtype=torch.float64) for _ in range(3)]
-    want = torch.autograd.grad(outputs, (hidden, weight), upstream)
-    a, c, b = upstream
+    weight = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(9, dtype=torch.float64, requires_grad=True)
+    inputs = (hidden, weight, bias)
+    how = {"ids": ids, "rows": rows, "size": 8, "bias": bias}
+    args = arguments(hidden, weight, targets, 0.7, 1.3, cap, **how)
+    out = Stats(*reference.forward(*args))
+    outputs = (out.logprob, out.logsumexp, out.entropy, out.id_logprob)
+    upstream = [torch.randn_like(x) for x in outputs]
+    want = torch.autograd.grad(outputs, inputs, upstream)
     with torch.no_grad():
-        saved = (hidden, weight, targets, outputs[1], outputs[2], rows, 0.7, 1.3, cap, -100)
-        got = reference.backward(a, c, b, *saved, True, True)
+        saved = samples.backward_inputs(args, out)[4:]
+        got = reference.backward(*upstream, *saved)
     for g, w in zip(got, want):
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-13)
 
@@ -68,11 +86,15 @@ def test_gradcheck_through_the_public_function():
     targets = torch.tensor([4, 0, 2])
     hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, 1], [0, 3], [2, 4]])
 
-    def run(h, w):
-        return tuple(rlkern.linear_logprob(h, w, targets, temperature=1.7, outputs=ALL))
+    def run(h, w, b):
+        options = {"temperature": 1.7, "softcap": 6.0, "ids": ids, "topk": 2}
+        out = rlkern.linear_logprob(h, w, targets, bias=b, outputs=ALL, **options)
+        return out.logprob, out.entropy, out.logsumexp, out.id_logprob, out.topk_values
 
-    assert torch.autograd.gradcheck(run, (hidden, weight))
+    assert torch.autograd.gradcheck(run, (hidden, weight, bias))
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
@@ -86,8 +108,7 @@ def test_every_kernel_is_within_the_budget(device, dtype):
         for kernel in checks.kernels(OP, device):
             what = f"{kernel.name} {dtype} {name!r}"
             ours = kernel.forward(*args)
-            for got, want, peer, part in zip(ours, truth, torchs, NAMES):
-                assert_within_budget(f"{what} {part}", got, want, peer, SUM_ULPS)
+            checks.assert_stats_within_budget(what, ours, truth, torchs, SUM_ULPS)
             gots = kernel.backward(*samples.backward_inputs(args, ours))
             for got, want, peer in zip(gots, exact_grads, torch_grads):
                 assert_close_as_torch(f"{what} gradient", got, want, peer)
@@ -109,20 +130,23 @@ def test_a_row_does_not_depend_on_its_batch(device, dtype):
         torch.randn(1031, 33).to(device, dtype),
     )
     targets = torch.randint(1031, (1700,)).to(device)
+    ids = torch.randint(1031, (1700, 2)).to(device)
     # the interpreter takes a second for each thousand rows
     for kernel in checks.kernels(OP, device):
         if kernel.name == "reference":
             continue
         count = 1700 if kernel.name == "native" or device == "cuda" else 150
         h, t = hidden[:count], targets[:count]
-        whole = kernel.forward(h, weight, t, None, 0.8, 1.0, 0.0, -100, True)
+        i = ids[:count]
+        how = {"topk": 3, "invariant": True}
+        whole = kernel.forward(*arguments(h, weight, t, 0.8, ids=i, **how))
         for rows in (slice(0, 1), slice(5, 60), slice(count - 20, count)):
-            part = kernel.forward(h[rows], weight, t[rows], None, 0.8, 1.0, 0.0, -100, True)
-            for a, b in zip(part, whole):
+            args = arguments(h[rows], weight, t[rows], 0.8, ids=i[rows], chunk=256, **how)
+            for a, b in zip(kernel.forward(*args), whole):
                 assert_same_bits(f"{kernel.name} {rows}", a, b[rows])
         order = torch.randperm(count)
-        shuffled = kernel.forward(h[order], weight, t[order], None, 0.8, 1.0, 0.0, -100, True)
-        for a, b in zip(shuffled, whole):
+        args = arguments(h[order], weight, t[order], 0.8, ids=i[order], **how)
+        for a, b in zip(kernel.forward(*args), whole):
             assert_same_bits(f"{kernel.name} permuted", a, b[order])
 
 
@@ -150,8 +174,8 @@ def test_equals_torch_and_differentiates(device):
     )
     upstream = [checks.random_sign(w, seed) for seed, w in enumerate(want)]
     d_want = torch.autograd.grad(want, (hidden, weight), upstream)
-    d_got = torch.autograd.grad(tuple(out), (hidden, weight), upstream)
-    for got, expected in zip((*out, *d_got), (*want, *d_want)):
+    d_got = torch.autograd.grad(out[:3], (hidden, weight), upstream)
+    for got, expected in zip((*out[:3], *d_got), (*want, *d_want)):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
 
 
@@ -164,14 +188,14 @@ def test_rows_without_a_gradient_drop_out_exactly():
     upstream = torch.zeros(2, 40)
     upstream[:, live] = torch.randn(2, len(live))
     targets[2::3], upstream[0, 2::3] = -100, 1.0  # a gradient into an ignored row is none
-    _, lse, entropy = torch.ops.rlkern.linear_logprob_fwd(
-        hidden, weight, targets, None, *PLAIN, True
-    )
+    args = arguments(hidden, weight, targets)
+    stats = Stats(*torch.ops.rlkern.linear_logprob_fwd(*args))
 
-    def backward(rows):
-        grads = (upstream[0, rows], None, upstream[1, rows])
-        saved = (hidden[rows], weight, targets[rows], lse[rows], entropy[rows], None, *PLAIN)
-        return torch.ops.rlkern.linear_logprob_bwd(*grads, *saved, True, True)
+    def backward(rows, *grads):
+        part = arguments(hidden[rows], weight, targets[rows])
+        saved = samples.backward_inputs(part, [x[rows] for x in stats])[4:]
+        grads = grads or (upstream[0, rows], None, upstream[1, rows], None)
+        return torch.ops.rlkern.linear_logprob_bwd(*grads, *saved)
 
     got, want = backward(torch.arange(40)), backward(live)
     assert_same_bits("weight", got[1], want[1])
@@ -180,8 +204,7 @@ def test_rows_without_a_gradient_drop_out_exactly():
     dead[live] = False
     assert (got[0][dead] == 0).all()
     none = torch.zeros(40)
-    saved = (hidden, weight, targets, lse, entropy, None, *PLAIN, True, True)
-    for grad in torch.ops.rlkern.linear_logprob_bwd(none, None, none, *saved):
+    for grad in backward(torch.arange(40), none, None, none, None):
         assert (grad == 0).all()
 
 
@@ -200,7 +223,7 @@ def test_a_transposed_head_and_strided_hidden_states():
     hidden = torch.randn(2, 9, 16)[:, ::2].reshape(-1, 16)[::2]
     targets = torch.randint(50, hidden.shape[:1])
     got = rlkern.linear_logprob(hidden, weight, targets).logprob
-    want = reference.forward(hidden, weight, targets, None, *PLAIN, False)[0]
+    want = reference.forward(*arguments(hidden, weight, targets))[0]
     torch.testing.assert_close(got, want)
 
 
@@ -216,11 +239,11 @@ def test_scale_and_soft_cap_as_models_apply_them(device):
     upstream = [checks.random_sign(w, seed) for seed, w in enumerate(want)]
     expected = torch.autograd.grad(want, (hidden, weight), upstream)
     out = rlkern.linear_logprob(hidden, weight, targets, **options)
-    got = torch.autograd.grad(tuple(out), (hidden, weight), upstream)
-    for a, b in zip((*out, *got), (*want, *expected)):
+    got = torch.autograd.grad(out[:3], (hidden, weight), upstream)
+    for a, b in zip((*out[:3], *got), (*want, *expected)):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
     from_logits = rlkern.logprob_from_logits(hidden @ weight.T, targets, **options)
-    for a, b in zip(from_logits, want):
+    for a, b in zip(from_logits[:3], want):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
 
 
@@ -231,7 +254,8 @@ def test_padded_vocabulary_is_not_read(device):
     targets = torch.randint(64, (6,)).to(device)
     out = rlkern.linear_logprob(hidden, padded, targets, vocab_size=64, outputs=ALL)
     plain = rlkern.linear_logprob(hidden, weight, targets, outputs=ALL)
-    for a, b in zip(out, plain):
+    for name in ALL:
+        a, b = getattr(out, name), getattr(plain, name)
         assert_same_bits("padded", a.detach(), b.detach())
     (out.logprob.sum() + out.entropy.sum()).backward()
     assert hidden.grad.isfinite().all()
@@ -239,32 +263,179 @@ def test_padded_vocabulary_is_not_read(device):
     assert padded.grad[:64].abs().sum() > 0
 
 
-def test_scalars_reach_the_kernel():
+def test_arguments_reach_the_kernel():
     """The stable ABI does not compare C++ parameter types with the schema."""
-    hidden, weight = torch.randn(4, 6), torch.randn(9, 6)
-    targets = torch.tensor([3, 7, 7, 1])
-    for scalars in ((0.37, 1.0, 0.0, 7), (2.25, 0.61, 0.0, 7), (1.0, 1.7, 2.9, 7)):
-        args = (hidden, weight, targets, None, *scalars, True)
+    hidden, weight, bias = torch.randn(4, 6), torch.randn(9, 6), torch.randn(9)
+    targets, ids = torch.tensor([3, 7, 7, 1]), torch.tensor([[2, 7], [0, 1], [7, 7], [5, 4]])
+    mask = torch.arange(9) != 6
+    for change in (
+        {"scalars": (0.37, 1.0, 0.0, 7)},
+        {"scalars": (2.25, 0.61, 0.0, 7), "bias": bias, "topk": 2},
+        {"scalars": (1.0, 1.7, 2.9, 7), "ids": ids, "size": 8},
+        {"scalars": (1.0, 1.7, 2.9, 7), "ids": ids, "mask": mask, "topk": 9},
+        {"scalars": (1.5, 1.0, 0.0, 7), "bias": bias, "rounding": True, "rows": torch.rand(4) + 1},
+    ):
+        how = dict(change)
+        args = arguments(hidden, weight, targets, *how.pop("scalars"), **how)
         got = torch.ops.rlkern.linear_logprob_fwd(*args)
         torch.testing.assert_close(got, reference.forward(*args))
         assert (got[0][1:3] == 0).all()
         inputs = samples.backward_inputs(args, got)
-        for needs in ((True, True), (True, False), (False, True)):
-            chosen = (*inputs[:-2], *needs)
+        for needs in ((True, True, True), (True, False, False), (False, True, False), (0, 0, 1)):
+            chosen = (*inputs[:-3], *map(bool, needs))
             grads = torch.ops.rlkern.linear_logprob_bwd(*chosen)
             torch.testing.assert_close(grads, reference.backward(*chosen), rtol=1e-5, atol=1e-5)
-    assert torch.ops.rlkern.linear_logprob_fwd(*args[:-1], False)[2].numel() == 0
 
 
-def test_out_of_range_targets_give_nan_and_stay_in_bounds(device):
+def test_out_of_range_targets_and_ids_give_nan_and_stay_in_bounds(device):
     hidden, weight = torch.randn(4, 8).to(device), torch.randn(6, 8).to(device)
     targets = torch.tensor([-1, 6, 2**40, 5]).to(device)
+    ids = torch.tensor([[5, -2], [0, -100], [2**40, 1], [6, 6]]).to(device)
     for kernel in checks.kernels(OP, device):
-        out = kernel.forward(hidden, weight, targets, None, *PLAIN, True)
-        assert out[0].isnan().tolist() == [True, True, True, False], kernel.name
-        saved = (hidden, weight, targets, out[1], out[2], None, *PLAIN, True, True)
-        grads = kernel.backward(torch.ones(4).to(device), None, None, *saved)
+        args = arguments(hidden, weight, targets, ids=ids, topk=1)
+        out = Stats(*kernel.forward(*args))
+        assert out.logprob.isnan().tolist() == [True, True, True, False], kernel.name
+        assert out.id_logprob.isnan().tolist() == [
+            [False, True],
+            [False, False],
+            [True, False],
+            [True, True],
+        ], kernel.name
+        assert out.id_logprob[1, 1] == 0, kernel.name
+        assert not out.is_top1[:3].any(), kernel.name
+        grads = kernel.backward(*samples.backward_inputs(args, out))
         assert all(g.isfinite().all() for g in grads), kernel.name
+
+
+def test_log_probs_at_ids_are_those_of_targets(device):
+    """In bits, and so are their gradients; ids may repeat, and may be the target."""
+    hidden, weight = torch.randn(50, 16).to(device), torch.randn(700, 16).to(device)
+    targets = torch.randint(700, (50,)).to(device)
+    ids = torch.stack([targets, targets.roll(1), targets], 1)
+    for kernel in checks.kernels(OP, device):
+        args = arguments(hidden, weight, targets, 0.8, ids=ids)
+        out = Stats(*kernel.forward(*args))
+        assert_same_bits(f"{kernel.name} at the target", out.id_logprob[:, 0], out.logprob)
+        a = torch.randn(50).to(device)
+        zero = torch.zeros(50, 1).to(device)
+        saved = samples.backward_inputs(args, out)[4:]
+        from_target = kernel.backward(a, None, None, None, *saved)
+        at_ids = torch.cat([zero, zero, a[:, None]], 1)
+        for x, y in zip(kernel.backward(None, None, None, at_ids, *saved), from_target):
+            assert_same_bits(f"{kernel.name} gradient", x, y)
+
+
+def test_top_k_are_the_largest(device):
+    hidden, weight = torch.randn(60, 16).to(device), torch.randn(2500, 16).to(device)
+    weight[77] *= 3
+    weight[1234] = weight[77]  # a tie between chunks of the vocabulary
+    hidden[3] = weight[77] * 3
+    targets = torch.randint(2500, (60,)).to(device)
+    targets[3] = 1234
+    log_p = (hidden.double() @ weight.double().T / 0.8).log_softmax(-1)
+    want = log_p.topk(50)
+    for kernel in checks.kernels(OP, device):
+        out = Stats(*kernel.forward(*arguments(hidden, weight, targets, 0.8, topk=50)))
+        torch.testing.assert_close(out.topk_values.double(), want.values, rtol=1e-5, atol=1e-5)
+        at = log_p.gather(1, out.topk_ids)
+        torch.testing.assert_close(at, want.values, rtol=1e-5, atol=1e-5)
+        assert all(len(set(row)) == 50 for row in out.topk_ids.tolist()), kernel.name
+        assert set(out.topk_ids[3, :2].tolist()) == {77, 1234}, kernel.name
+        if kernel.name != "triton":
+            assert out.topk_ids[3, 0] == 77, "the lower id of two equals comes first"
+        assert out.is_top1[3], "a tie with the best is a best"
+        top1 = log_p.argmax(1) == targets
+        assert (out.is_top1 == top1)[torch.arange(60) != 3].all(), kernel.name
+
+
+def test_masked_vocabulary_is_a_smaller_vocabulary(device):
+    hidden = torch.randn(30, 16).to(device).requires_grad_()
+    weight = torch.randn(300, 16).to(device).requires_grad_()
+    bias = torch.randn(300).to(device).requires_grad_()
+    mask = (torch.rand(300) < 0.1).to(device)
+    mask[:64] = False  # whole tiles
+    keep = mask.nonzero()[:, 0]
+    own = torch.randint(len(keep), (30,)).to(device)
+    how = {"softcap": 3.0, "outputs": (*ALL, "sum_sq_prob", "is_top1"), "topk": 5}
+    out = rlkern.linear_logprob(hidden, weight, keep[own], bias=bias, vocab_mask=mask, **how)
+    want = rlkern.linear_logprob(hidden, weight[keep], own, bias=bias[keep], **how)
+    for name in (*how["outputs"], "topk_values"):
+        torch.testing.assert_close(getattr(out, name), getattr(want, name), rtol=2e-6, atol=2e-6)
+    assert (keep[want.topk_ids] == out.topk_ids).all()
+    inputs = (hidden, weight, bias)
+
+    def gradients(x):
+        return torch.autograd.grad(x.logprob.sum() + 0.3 * x.entropy.sum(), inputs)
+
+    for a, b in zip(gradients(out), gradients(want)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(
+        rlkern.linear_logprob(hidden, weight, keep[own], vocab_mask=mask).logprob.sum(), weight
+    )
+    assert (grads[0][~mask] == 0).all()
+    few = torch.zeros(300, dtype=torch.bool).to(device)
+    few[[5, 290]] = True
+    out = rlkern.linear_logprob(hidden, weight, keep[own], vocab_mask=few, outputs=(), topk=3)
+    assert (out.topk_ids[:, 2] == -1).all()
+    assert (out.topk_values[:, 2] == -float("inf")).all()
+    torch.testing.assert_close(out.topk_values[:, :2].exp().sum(1), torch.ones(30).to(device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_logits_are_those_of_a_16_bit_head(device, dtype):
+    hidden, weight = torch.randn(64, 32).to(device, dtype), torch.randn(500, 32).to(device, dtype)
+    bias = torch.randn(500).to(device, dtype)
+    targets = torch.randint(500, (64,)).to(device)
+    exact = hidden.float() @ weight.float().T + bias.float()
+    log_p = (exact.bfloat16().float() / 0.7).log_softmax(-1)
+    want = log_p.gather(1, targets[:, None])[:, 0]
+    options = {"bias": bias, "temperature": 0.7}
+    got = rlkern.linear_logprob(hidden, weight, targets, logits_rounding="bf16", **options).logprob
+    full = rlkern.linear_logprob(hidden, weight, targets, **options).logprob
+    # a sum in another order may round one logit of a row the other way
+    assert ((got - want).abs() < 3e-6).float().mean() > 0.9
+    assert (full - want).abs().median() > 1e-3
+
+
+def test_sum_of_squared_probabilities(device):
+    hidden, weight = torch.randn(40, 16).to(device), torch.randn(3000, 16).to(device)
+    targets = torch.randint(3000, (40,)).to(device)
+    out = rlkern.linear_logprob(hidden, weight, targets, temperature=2.5, outputs=("sum_sq_prob",))
+    p = (hidden.double() @ weight.double().T / 2.5).softmax(-1)
+    torch.testing.assert_close(out.sum_sq_prob.double(), p.square().sum(-1), rtol=1e-5, atol=1e-9)
+    assert out.logprob is None
+    assert not out.sum_sq_prob.requires_grad
+
+
+def test_differentiates_bias_ids_and_top_k(device):
+    hidden = torch.randn(70, 40).to(device).requires_grad_()
+    weight = (torch.randn(611, 40) / 4).to(device).requires_grad_()
+    bias = torch.randn(611).to(device).requires_grad_()
+    targets = torch.randint(611, (70,)).to(device)
+    ids = torch.randint(611, (70, 4)).to(device)
+    inputs = (hidden, weight, bias)
+    out = rlkern.linear_logprob(*inputs[:2], targets, bias=bias, ids=ids, topk=6)
+    log_p = (hidden @ weight.T + bias).log_softmax(-1)
+    want = (
+        log_p.gather(-1, targets[:, None])[:, 0],
+        log_p.topk(6).values,
+        log_p.gather(-1, ids),
+    )
+    got = (out.logprob, out.topk_values, out.id_logprob)
+    upstream = [checks.random_sign(w, seed) for seed, w in enumerate(want)]
+    d_want = torch.autograd.grad(want, inputs, upstream)
+    d_got = torch.autograd.grad(got, inputs, upstream)
+    for a, b in zip((*got, *d_got), (*want, *d_want)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_the_forward_saves_nothing_of_the_vocabulary():
+    """A second backward through a kept graph gives the same bits."""
+    hidden = torch.randn(9, 16, requires_grad=True)
+    weight, targets = torch.randn(50, 16), torch.randint(50, (9,))
+    loss = rlkern.linear_logprob(hidden, weight, targets).logprob.sum()
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    assert_same_bits("again", torch.autograd.grad(loss, hidden)[0], first)
 
 
 def test_no_tensor_of_rows_times_vocabulary():
@@ -321,16 +492,17 @@ def test_any_shape(rows, depth, vocab, scale, temperature, dtype, gap, seed):
     hidden = torch.randn(rows, depth + extra, generator=generator).to(dtype)[:, :depth]
     weight = (torch.randn(vocab, depth + extra, generator=generator) * scale).to(dtype)[:, :depth]
     targets = torch.randint(vocab, (rows,), generator=generator)
-    args = (hidden, weight, targets, None, temperature, 1.0, 0.0, -100, True)
+    how = {"ids": torch.randint(vocab, (rows, 2), generator=generator), "topk": min(3, vocab)}
+    how["bias"] = torch.randn(vocab, generator=generator).to(dtype) if gap else None
+    args = arguments(hidden, weight, targets, temperature, **how)
     truth, torchs = reference.forward(*to_double(args)), reference.forward(*args)
     ours = torch.ops.rlkern.linear_logprob_fwd(*args)
-    for got, want, peer, name in zip(ours, truth, torchs, NAMES):
-        assert_within_budget(name, got, want, peer, SUM_ULPS)
+    checks.assert_stats_within_budget("forward", ours, truth, torchs, SUM_ULPS)
     exact = reference.backward(*to_double(samples.backward_inputs(to_double(args), truth)))
     peers = plain_torch_gradients(samples.backward_inputs(args, torchs))
     gots = torch.ops.rlkern.linear_logprob_bwd(*samples.backward_inputs(args, ours))
     for got, want, peer in zip(gots, exact, peers):
-        if rows:
+        if want.numel():
             scale_of = want.abs().max().clamp(min=1e-3)
             limit = 3 * (peer.double() - want).abs().max() + 1e-4 * scale_of
             assert (got.double() - want).abs().max() <= limit
@@ -364,6 +536,17 @@ TARGETS = torch.zeros(4, dtype=torch.int64)
         ({"logit_scale": -2}, ValueError, "logit_scale to be positive and finite, got -2"),
         ({"vocab_size": 11}, ValueError, r"vocab_size in \[1, V\] = \[1, 10\], got 11"),
         ({"vocab_size": 8.0}, TypeError, "expected vocab_size to be an int, got float"),
+        ({"bias": torch.zeros(9)}, ValueError, r"expected bias of shape \(V,\) = \(10,\)"),
+        ({"bias": torch.zeros(10).half()}, TypeError, "bias of dtype float32, got float16"),
+        ({"ids": torch.zeros(4)}, TypeError, "expected ids of dtype int64 or int32"),
+        ({"ids": torch.zeros(3, 2, dtype=torch.int64)}, ValueError, r"ids of shape \(T, K\)"),
+        ({"topk": 11}, ValueError, r"topk in \[0, vocab_size\] = \[0, 10\], got 11"),
+        ({"topk": True}, TypeError, "expected topk to be an int, got bool"),
+        ({"vocab_mask": torch.ones(9, dtype=torch.bool)}, ValueError, r"vocab_mask of shape"),
+        ({"vocab_mask": torch.ones(10)}, TypeError, "vocab_mask of dtype bool, got float32"),
+        ({"logits_rounding": "fp8"}, ValueError, 'logits_rounding to be None or "bf16"'),
+        ({"chunk_size": -4}, ValueError, "chunk_size to be positive and finite, got -4"),
+        ({"outputs": ("logits",)}, ValueError, "outputs to be one of"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(change, error, message):
