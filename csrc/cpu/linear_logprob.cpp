@@ -143,9 +143,11 @@ struct Tokens {
     });
   }
   template <class Unit>
-  TokenPanel<Unit> at(int64_t t, const Unit* hidden, int64_t units) const {
+  TokenPanel<Unit> at(int64_t t, const Unit* hidden, int64_t units, float* kept = nullptr,
+                      const int64_t* lanes = nullptr) const {
     const std::vector<Pick>& own = picks[t / panel];
-    return {hidden, units, inv_temperature.get() + t, {own.data(), own.data() + own.size()}};
+    const Picks wanted = {own.data(), own.data() + own.size()};
+    return {hidden, units, inv_temperature.get() + t, wanted, kept, lanes};
   }
 };
 
@@ -228,7 +230,14 @@ struct Outputs {
   bool* is_top1;
   int64_t* topk_ids;
   int64_t topk;
+  float* kept;  // null: logits are not kept
 };
+
+// Floats that a panel's kept logits take.
+template <class Unit, class T>
+int64_t kept_stride(const TileKernels<Unit, T>& kernels, int64_t vocab) {
+  return round_up(vocab, kernels.rows) * kernels.panel;
+}
 
 template <class Unit, class T>
 void forward_rows(const Matrix<T>& hidden, const HeadInputs<T>& inputs, const Options& options,
@@ -252,6 +261,7 @@ void forward_rows(const Matrix<T>& hidden, const HeadInputs<T>& inputs, const Op
   auto partial = scratch<float>(chunks * 4 * width);
   auto top_values = scratch<float>(chunks * width * topk);
   auto top_rows = scratch<int32_t>(chunks * width * topk);
+  const int64_t stride = kept_stride(kernels, vocab);
   // logits of targets and ids
   auto picked = scratch<float>(tokens.count * tokens.width);
   std::fill_n(picked.get(), tokens.count * tokens.width, NAN);
@@ -281,7 +291,8 @@ void forward_rows(const Matrix<T>& hidden, const HeadInputs<T>& inputs, const Op
               for (int64_t p = 0; p < panels; ++p)
                 kernels.fold_logits(
                     rows, inputs.head,
-                    tokens.at(begin + p * panel, packed.get() + p * panel * units, units),
+                    tokens.at(begin + p * panel, packed.get() + p * panel * units, units,
+                              out.kept ? out.kept + (begin / panel + p) * stride : nullptr),
                     stats_of(chunk, p * panel), picked.get(), topk_of(chunk, p * panel));
             });
       }
@@ -359,12 +370,13 @@ void add_row_sums(const Unit* data, int64_t rows, int64_t columns, float* sums) 
 template <class T>
 struct Grads {
   T *hidden, *weight, *bias;  // null: not needed
+  float* weight_sum;          // the weight's gradient is added to it instead, where given
 };
 
 template <class Unit, class T>
 void backward_rows(const Upstream& upstream, const Matrix<T>& given, const HeadInputs<T>& inputs,
                    const Options& options, const float* logsumexp, const float* entropy,
-                   const Grads<T>& grads) {
+                   float* kept, const Grads<T>& grads) {
   constexpr int64_t kPer = kPerUnit<Unit>;
   const TileKernels<Unit, T> kernels = tile_kernels<Unit, T>();
   const int panel = kernels.panel;
@@ -409,30 +421,37 @@ void backward_rows(const Upstream& upstream, const Matrix<T>& given, const HeadI
   const bool one_block = tokens.count <= block;
   const WeightRows<Unit, T> rows_of(weight, kernels.rows);
 
+  const bool needs_weight = grads.weight || grads.weight_sum;
   auto by_vocab = scratch<Unit>(grad_rows * width / kPer);
   auto by_token = scratch<Unit>(grad_rows * width / kPer);
   auto weight_panels = grads.hidden ? scratch<Unit>(grad_rows / kPer * wide) : nullptr;
-  auto token_panels = grads.weight ? scratch<Unit>(width / kPer * wide) : nullptr;
+  auto token_panels = needs_weight ? scratch<Unit>(width / kPer * wide) : nullptr;
   auto hidden_sum = grads.hidden ? scratch<float>(padded * wide) : nullptr;
-  auto weight_sum = grads.weight ? scratch<float>(grad_rows * wide) : nullptr;
+  auto weight_sum = needs_weight ? scratch<float>(grad_rows * wide) : nullptr;
   auto bias_sum = scratch<float>(grads.bias ? grad_rows : 0);
   // an empty vocabulary adds nothing
   if (grads.hidden && vocab == 0) std::fill_n(hidden_sum.get(), padded * wide, 0.0f);
   std::unique_ptr<Unit[]> packed;
+  const int64_t stride = kept_stride(kernels, vocab);
+  // where the tokens lie among the kept logits
+  const bool scattered = kept && gathers;
+  auto lanes = scratch<int64_t>(scattered ? padded : 0);
+  for (int64_t t = 0; scattered && t < padded; ++t)
+    lanes[t] = t < tokens.count ? live[t] / panel * stride + live[t] % panel : -1;
 
   for (int64_t v0 = 0; v0 < vocab; v0 += grad_rows) {
     const int64_t v1 = std::min(vocab, v0 + grad_rows), rows = v1 - v0;
     const int64_t padded_rows = round_up(rows, kernels.rows);
     if (grads.hidden) pack_rows(kernels, weight, v0, v1, padded_rows / kPer, weight_panels.get());
-    if (grads.weight && tokens.count == 0) std::fill_n(weight_sum.get(), padded_rows * wide, 0.0f);
+    if (needs_weight && tokens.count == 0) std::fill_n(weight_sum.get(), padded_rows * wide, 0.0f);
     if (grads.bias) std::fill_n(bias_sum.get(), rows, 0.0f);
 
     for (int64_t t0 = 0; t0 < tokens.count; t0 += block) {
       const int64_t t1 = std::min(tokens.count, t0 + block);
       const int64_t panels = round_up(t1 - t0, panel) / panel, columns = panels * panel;
       if (!one_block || v0 == 0) {
-        packed = pack_tokens<Unit>(hidden, t0, t1, panel);
-        if (grads.weight) pack_rows(kernels, hidden, t0, t1, columns / kPer, token_panels.get());
+        if (!kept) packed = pack_tokens<Unit>(hidden, t0, t1, panel);
+        if (needs_weight) pack_rows(kernels, hidden, t0, t1, columns / kPer, token_panels.get());
       }
       // the gradient of this block of logits, in both orders
       parallel(panels, [&](int64_t from, int64_t to) {
@@ -440,7 +459,10 @@ void backward_rows(const Upstream& upstream, const Matrix<T>& given, const HeadI
           for (int64_t p = from; p < to; ++p) {
             const int64_t t = t0 + p * panel, row = rows_in.first - v0;
             kernels.logit_gradient(
-                rows_in, inputs.head, tokens.at(t, packed.get() + p * panel * units, units),
+                rows_in, inputs.head,
+                kept ? tokens.at<Unit>(t, nullptr, 0, kept + (scattered ? 0 : t / panel * stride),
+                                       scattered ? lanes.get() + t : nullptr)
+                     : tokens.at(t, packed.get() + p * panel * units, units),
                 {fields[0] + t, fields[1] + t, fields[2] + t}, pick_grad.get(),
                 by_vocab.get() + (row * columns + p * panel) / kPer, columns / kPer,
                 by_token.get() + (p * padded_rows + row) / kPer * panel);
@@ -459,7 +481,7 @@ void backward_rows(const Upstream& upstream, const Matrix<T>& given, const HeadI
           }
         });
       }
-      if (grads.weight) {
+      if (needs_weight) {
         // groups of rows small enough for L1 beside the panel
         const int64_t group = 8 * kernels.rows, groups = (padded_rows + group - 1) / group;
         parallel(hidden_panels * groups, [&](int64_t from, int64_t to) {
@@ -473,10 +495,15 @@ void backward_rows(const Upstream& upstream, const Matrix<T>& given, const HeadI
         });
       }
     }
-    if (grads.weight) {
+    if (needs_weight) {
       parallel(rows, [&](int64_t from, int64_t to) {
-        for (int64_t r = from; r < to; ++r)
-          kernels.convert_row(weight_sum.get() + r * wide, grads.weight + (v0 + r) * depth, depth);
+        for (int64_t r = from; r < to; ++r) {
+          const float* sum = weight_sum.get() + r * wide;
+          if (grads.weight_sum)
+            kernels.add_row(sum, grads.weight_sum + (v0 + r) * depth, depth);
+          else
+            kernels.convert_row(sum, grads.weight + (v0 + r) * depth, depth);
+        }
       });
     }
     if (grads.bias) kernels.convert_row(bias_sum.get(), grads.bias + v0, rows);
@@ -536,15 +563,17 @@ void check_inputs(const Tensor& hidden, const Tensor& weight, const std::optiona
   }
 }
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Kept = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// batch_invariant and chunk_size change nothing here: a row's bits depend on no other row, and no
-// logits are stored.
-Forward forward(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
-                std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,
-                std::optional<Tensor> row_temperature, double temperature, double logit_scale,
-                double softcap, int64_t ignore_index, int64_t vocab_size, bool round_logits,
-                int64_t topk, bool batch_invariant, int64_t chunk_size) {
+// Keeps the logits, in an order that only bwd_kept knows.
+// batch_invariant and chunk_size change nothing here: a row's bits depend on no other row, and the
+// logits of nothing but a tile exist.
+Kept fwd_keep(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
+              std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,
+              std::optional<Tensor> row_temperature, double temperature, double logit_scale,
+              double softcap, int64_t ignore_index, int64_t vocab_size, bool round_logits,
+              int64_t topk, bool batch_invariant, int64_t chunk_size, bool keep_logits) {
   const Options options = {targets,     ids,     vocab_mask,   row_temperature, temperature,
                            logit_scale, softcap, ignore_index, vocab_size,      round_logits};
   check_inputs(hidden, weight, bias, options);
@@ -557,36 +586,67 @@ Forward forward(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor
       torch::stable::new_empty(hidden, {count, options.width() - 1}, ScalarType::Float);
   Tensor topk_values = torch::stable::new_empty(hidden, {count, topk}, ScalarType::Float);
   Tensor topk_ids = torch::stable::new_empty(hidden, {count, topk}, ScalarType::Long);
-  const Outputs out = {logprob.mutable_data_ptr<float>(),
-                       logsumexp.mutable_data_ptr<float>(),
-                       entropy.mutable_data_ptr<float>(),
-                       sum_sq_prob.mutable_data_ptr<float>(),
-                       id_logprob.mutable_data_ptr<float>(),
-                       topk_values.mutable_data_ptr<float>(),
-                       is_top1.mutable_data_ptr<bool>(),
-                       topk_ids.mutable_data_ptr<int64_t>(),
-                       topk};
+  Tensor kept;
   RLK_DISPATCH_FLOAT(hidden, T, {
     with_unit<T>([&](auto unit) {
-      forward_rows<decltype(unit)>(Matrix<T>(hidden), HeadInputs<T>(weight, bias, options), options,
-                                   out);
+      using Unit = decltype(unit);
+      const auto kernels = tile_kernels<Unit, T>();
+      const int64_t panels = round_up(count, kernels.panel) / kernels.panel;
+      const int64_t floats = keep_logits ? panels * kept_stride(kernels, vocab_size) : 0;
+      kept = torch::stable::new_empty(hidden, {floats}, ScalarType::Float);
+      const Outputs out = {logprob.mutable_data_ptr<float>(),
+                           logsumexp.mutable_data_ptr<float>(),
+                           entropy.mutable_data_ptr<float>(),
+                           sum_sq_prob.mutable_data_ptr<float>(),
+                           id_logprob.mutable_data_ptr<float>(),
+                           topk_values.mutable_data_ptr<float>(),
+                           is_top1.mutable_data_ptr<bool>(),
+                           topk_ids.mutable_data_ptr<int64_t>(),
+                           topk,
+                           keep_logits ? kept.mutable_data_ptr<float>() : nullptr};
+      forward_rows<Unit>(Matrix<T>(hidden), HeadInputs<T>(weight, bias, options), options, out);
     });
   });
+  return {logprob,    logsumexp,   entropy,  sum_sq_prob, is_top1,
+          id_logprob, topk_values, topk_ids, kept};
+}
+
+Stats fwd(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
+          std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,
+          std::optional<Tensor> row_temperature, double temperature, double logit_scale,
+          double softcap, int64_t ignore_index, int64_t vocab_size, bool round_logits, int64_t topk,
+          bool batch_invariant, int64_t chunk_size) {
+  auto [logprob, logsumexp, entropy, sum_sq_prob, is_top1, id_logprob, topk_values, topk_ids,
+        kept] = fwd_keep(hidden, weight, bias, targets, ids, vocab_mask, row_temperature,
+                         temperature, logit_scale, softcap, ignore_index, vocab_size, round_logits,
+                         topk, batch_invariant, chunk_size, false);
   return {logprob, logsumexp, entropy, sum_sq_prob, is_top1, id_logprob, topk_values, topk_ids};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_logsumexp,
-    std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_id_logprob, Tensor hidden,
-    Tensor weight, std::optional<Tensor> bias, Tensor targets, std::optional<Tensor> ids,
-    std::optional<Tensor> vocab_mask, std::optional<Tensor> row_temperature, Tensor logsumexp,
-    Tensor entropy, double temperature, double logit_scale, double softcap, int64_t ignore_index,
-    int64_t vocab_size, bool round_logits, bool batch_invariant, int64_t chunk_size,
-    bool need_hidden, bool need_weight, bool need_bias) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// Two matmuls where the forward kept the logits. The weight's gradient is added to weight_sum where
+// that is given.
+Gradients bwd_kept(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_logsumexp,
+                   std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_id_logprob,
+                   Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
+                   std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,
+                   std::optional<Tensor> row_temperature, Tensor logsumexp, Tensor entropy,
+                   double temperature, double logit_scale, double softcap, int64_t ignore_index,
+                   int64_t vocab_size, bool round_logits, bool batch_invariant, int64_t chunk_size,
+                   std::optional<Tensor> kept, std::optional<Tensor> weight_sum, bool need_hidden,
+                   bool need_weight, bool need_bias) {
   const Options options = {targets,     ids,     vocab_mask,   row_temperature, temperature,
                            logit_scale, softcap, ignore_index, vocab_size,      round_logits};
   check_inputs(hidden, weight, bias, options);
   const int64_t vocab = weight.size(0), depth = hidden.size(1);
+  if (weight_sum) {
+    RLK_CHECK_DTYPE(*weight_sum, Float);
+    RLK_CHECK_CONTIGUOUS(*weight_sum);
+    RLK_CHECK_SIZE(*weight_sum, 0, vocab);
+    RLK_CHECK_SIZE(*weight_sum, 1, depth);
+    need_weight = false;
+  }
   Tensor grad_hidden = torch::stable::new_empty(hidden, {need_hidden ? hidden.size(0) : 0, depth});
   Tensor grad_weight = torch::stable::new_empty(hidden, {need_weight ? vocab : 0, depth});
   Tensor grad_bias = torch::stable::new_empty(hidden, {need_bias ? vocab : 0});
@@ -595,11 +655,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   RLK_DISPATCH_FLOAT(hidden, T, {
     const Grads<T> grads = {need_hidden ? grad_hidden.mutable_data_ptr<T>() : nullptr,
                             need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr,
-                            need_bias ? grad_bias.mutable_data_ptr<T>() : nullptr};
+                            need_bias ? grad_bias.mutable_data_ptr<T>() : nullptr,
+                            weight_sum ? weight_sum->mutable_data_ptr<float>() : nullptr};
     with_unit<T>([&](auto unit) {
-      backward_rows<decltype(unit)>(
-          upstream, Matrix<T>(hidden), HeadInputs<T>(weight, bias, options), options,
-          logsumexp.const_data_ptr<float>(), entropy.const_data_ptr<float>(), grads);
+      using Unit = decltype(unit);
+      if (kept) {
+        const auto kernels = tile_kernels<Unit, T>();
+        const int64_t panels = round_up(hidden.size(0), kernels.panel) / kernels.panel;
+        RLK_CHECK_SIZE(*kept, 0, panels * kept_stride(kernels, vocab_size));
+      }
+      backward_rows<Unit>(upstream, Matrix<T>(hidden), HeadInputs<T>(weight, bias, options),
+                          options, logsumexp.const_data_ptr<float>(),
+                          entropy.const_data_ptr<float>(),
+                          kept ? kept->mutable_data_ptr<float>() : nullptr, grads);
     });
     // padding of the vocabulary
     if (need_weight)
@@ -609,11 +677,27 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   return {grad_hidden, grad_weight, grad_bias};
 }
 
+Gradients bwd(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_logsumexp,
+              std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_id_logprob,
+              Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
+              std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,
+              std::optional<Tensor> row_temperature, Tensor logsumexp, Tensor entropy,
+              double temperature, double logit_scale, double softcap, int64_t ignore_index,
+              int64_t vocab_size, bool round_logits, bool batch_invariant, int64_t chunk_size,
+              bool need_hidden, bool need_weight, bool need_bias) {
+  return bwd_kept(grad_logprob, grad_logsumexp, grad_entropy, grad_id_logprob, hidden, weight, bias,
+                  targets, ids, vocab_mask, row_temperature, logsumexp, entropy, temperature,
+                  logit_scale, softcap, ignore_index, vocab_size, round_logits, batch_invariant,
+                  chunk_size, std::nullopt, std::nullopt, need_hidden, need_weight, need_bias);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) {
-  m.impl("linear_logprob_fwd", TORCH_BOX(&forward));
-  m.impl("linear_logprob_bwd", TORCH_BOX(&backward));
+  m.impl("linear_logprob_fwd", TORCH_BOX(&fwd));
+  m.impl("linear_logprob_bwd", TORCH_BOX(&bwd));
+  m.impl("linear_logprob_fwd_keep", TORCH_BOX(&fwd_keep));
+  m.impl("linear_logprob_bwd_kept", TORCH_BOX(&bwd_kept));
 }
 
 }  // namespace rlkern

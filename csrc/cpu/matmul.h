@@ -103,6 +103,10 @@ struct TokenPanel {
   int64_t units;
   const float* inv_temperature;
   Picks picks;
+  // Its logits of every row of the vocabulary, tile after tile; null: they are not kept. Where
+  // `lanes` is given, the panel's tokens lie there instead, at these offsets; -1: none.
+  float* kept;
+  const int64_t* lanes;
 };
 
 // The functions of one instruction set, for operands of type T.
@@ -113,6 +117,7 @@ struct TileKernels {
   void (*fold_logits)(const WeightBlock<Unit>& weight, const Head& head,
                       const TokenPanel<Unit>& tokens, const TokenStats& stats, float* picked,
                       const TopK& topk);
+  // from the logits that fold_logits has kept, where it has
   void (*logit_gradient)(const WeightBlock<Unit>& weight, const Head& head,
                          const TokenPanel<Unit>& tokens, const TokenGrads& grads,
                          const float* pick_grad, Unit* by_vocab, int64_t vocab_stride,
@@ -122,6 +127,7 @@ struct TileKernels {
   void (*pack_columns)(const T* src, int64_t stride, int64_t depth, int64_t units, int64_t columns,
                        Unit* out);
   void (*convert_row)(const float* sums, T* out, int64_t columns);
+  void (*add_row)(const float* sums, float* out, int64_t columns);
 };
 
 template <class T>

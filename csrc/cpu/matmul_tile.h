@@ -113,11 +113,12 @@ template <class Unit>
 RLK_TARGET static void fold_logits(const WeightBlock<Unit>& weight, const Head& head,
                                    const TokenPanel<Unit>& tokens, const TokenStats& stats,
                                    float* picked, const TopK& topk) {
-  float logits[kRows * kPanel];
+  float buffer[kRows * kPanel];
   const Pick* pick = first_pick(tokens.picks, weight.first);
   for (int64_t row = 0; row < weight.count; row += kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, weight.count - row));
     const int64_t first = weight.first + row;
+    float* const logits = tokens.kept ? tokens.kept + first * kPanel : buffer;
     tile_logits(weight, row, count, head, tokens, logits);
     pick = for_picks(pick, tokens.picks.end, first, first + count,
                      [&](int64_t at, int64_t slot) { picked[slot] = logits[at]; });
@@ -190,14 +191,21 @@ RLK_TARGET static void logit_gradient(const WeightBlock<Unit>& weight, const Hea
                                       const float* pick_grad, Unit* by_vocab, int64_t vocab_stride,
                                       Unit* by_token) {
   constexpr int64_t kPer = kPerUnit<Unit>;
-  float logits[kRows * kPanel];
+  float buffer[kRows * kPanel];
   // gradients with respect to the picks of a tile; zeros between tiles
   float at_picks[kRows * kPanel] = {};
   const Pick* pick = first_pick(tokens.picks, weight.first);
   for (int64_t row = 0; row < weight.count; row += kRows) {
     const int count = static_cast<int>(std::min<int64_t>(kRows, weight.count - row));
     const int64_t first = weight.first + row;
-    tile_logits(weight, row, count, head, tokens, logits);
+    const float* const logits =
+        tokens.kept && !tokens.lanes ? tokens.kept + first * kPanel : buffer;
+    if (!tokens.kept) tile_logits(weight, row, count, head, tokens, buffer);
+    if (tokens.lanes)
+      for (int r = 0; r < count; ++r)
+        for (int t = 0; t < kPanel; ++t)
+          buffer[r * kPanel + t] =
+              tokens.lanes[t] < 0 ? 0.0f : tokens.kept[tokens.lanes[t] + (first + r) * kPanel];
     const Pick* const picks = pick;
     pick = for_picks(pick, tokens.picks.end, first, first + count,
                      [&](int64_t at, int64_t slot) { at_picks[at] += pick_grad[slot]; });
@@ -269,6 +277,10 @@ RLK_TARGET static void convert_row(const float* sums, T* out, int64_t columns) {
   for (; n < columns; ++n) out[n] = static_cast<T>(sums[n]);
 }
 
+RLK_TARGET static void add_row(const float* sums, float* out, int64_t columns) {
+  for (int64_t n = 0; n < columns; ++n) out[n] += sums[n];
+}
+
 template <class Unit, class T>
 constexpr TileKernels<Unit, T> kernels() {
   return {kRows,
@@ -277,7 +289,8 @@ constexpr TileKernels<Unit, T> kernels() {
           &logit_gradient<Unit>,
           &product<Unit>,
           &pack_columns<Unit, T>,
-          &convert_row<T>};
+          &convert_row<T>,
+          &add_row};
 }
 
 }  // namespace RLK_ISA
