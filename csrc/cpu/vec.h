@@ -107,6 +107,12 @@ RLK_HD auto bf16_bits(V x) {
   return (rounded & ~nan) | (((bits >> 16) | 0x40) & nan);
 }
 
+// x rounded to bfloat16, as float.
+template <class V>
+RLK_HD V round_to_bf16(V x) {
+  return Bits<V>::from(bf16_bits(x) << 16);
+}
+
 template <class V>
 RLK_HD void store(float* p, V x) {
   store_as(p, x);

@@ -188,8 +188,10 @@ def with_topk(
 
     Slots of topk_ids that are -1 hold a constant.
     """
-    if grad_topk is None:
-        return (None, None) if grad_ids is None else (grad_ids, ids)
+    if ids is None:
+        grad_ids = None
+    if grad_topk is None or topk_ids.shape[1] == 0:
+        return grad_ids, ids
     grad_topk = torch.where(topk_ids < 0, 0.0, grad_topk)
     if grad_ids is None:
         return grad_topk, topk_ids

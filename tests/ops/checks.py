@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
+from rlkern.ops._logprob import Stats
 from rlkern.testing.implementations import Implementation, implementations, schema_names
 from rlkern.testing.numerics import assert_same_bits, assert_within_budget, to_double
 
@@ -48,6 +49,23 @@ def check_budget(op: str, device: str, dtype: torch.dtype) -> None:
             gots = _tuple(kernel.backward(*samples.backward_inputs(args, ours)))
             for i, (got, want, peer) in enumerate(zip(gots, wants, peers, strict=True)):
                 assert_within_budget(f"{what} gradient {i}", got, want, peer)
+
+
+def assert_stats_within_budget(what, ours, truth, torchs, float32_ulps=16.0) -> None:
+    """Floats within the budget; is_top1 equal, and top-k ids but for near ties."""
+    for name, got, want, peer in zip(Stats._fields, ours, truth, torchs, strict=True):
+        if got.is_floating_point():
+            assert_within_budget(f"{what} {name}", got, want, peer, float32_ulps)
+    ours, truth = Stats(*ours), Stats(*truth)
+    assert torch.equal(ours.is_top1.cpu(), truth.is_top1.cpu()), f"{what} is_top1"
+    if truth.topk_ids.numel() == 0:
+        return
+    # told apart from both neighbours; of the last one's next nothing is known
+    step = truth.topk_values.nan_to_num(neginf=-1e30).diff(dim=1).abs() > 1e-4
+    edge = torch.ones_like(truth.topk_ids[:, :1], dtype=torch.bool)
+    clear = torch.cat([edge, step], 1) & torch.cat([step, ~edge], 1)
+    wrong = clear & (ours.topk_ids != truth.topk_ids)
+    assert not bool(wrong.any()), f"{what} topk_ids"
 
 
 def check_opcheck(op: str, device: str) -> None:

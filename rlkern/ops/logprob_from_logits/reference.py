@@ -46,8 +46,9 @@ def forward(
     is_top1 = (hit[:, 0] >= top) & in_vocab[:, 0] & (targets != ignore_index)
     id_logprob = _value(log_p, targets[:, None][:, :0] if ids is None else ids, ignore_index)
     order = torch.sort(z, dim=-1, descending=True, stable=True)
-    topk_values = order.values[:, :topk] - logsumexp[:, None]
-    topk_ids = order.indices[:, :topk].masked_fill(order.values[:, :topk] == float("-inf"), -1)
+    absent = order.values[:, :topk] == float("-inf")
+    topk_values = (order.values[:, :topk] - logsumexp[:, None]).masked_fill(absent, float("-inf"))
+    topk_ids = order.indices[:, :topk].masked_fill(absent, -1)
     sum_sq_prob = p.square().sum(-1)
     return logprob, logsumexp, entropy, sum_sq_prob, is_top1, id_logprob, topk_values, topk_ids
 

@@ -39,10 +39,9 @@ struct Bits<float> {
 // Below this, exp is 0 in float.
 inline constexpr float kExpUnderflow = -104.0f;
 
+// For kExpUnderflow <= x <= 89, or NaN.
 template <class F>
-RLK_HD F exp(F x) {
-  x = x < kExpUnderflow ? F{} + kExpUnderflow : x;
-  x = x > 89.0f ? F{} + 89.0f : x;
+RLK_HD F exp_in_range(F x) {
   // n = round(x / ln 2): adding 1.5 * 2^23 leaves the integer in the low bits.
   const float kMagic = 12582912.0f;
   const F shifted = x * 1.44269504088896341f + kMagic;
@@ -60,6 +59,13 @@ RLK_HD F exp(F x) {
   const auto whole = Bits<F>::of(shifted) - 0x4B400000;
   const auto half = whole >> 1;
   return p * Bits<F>::from((half + 127) << 23) * Bits<F>::from((whole - half + 127) << 23);
+}
+
+template <class F>
+RLK_HD F exp(F x) {
+  x = x < kExpUnderflow ? F{} + kExpUnderflow : x;
+  x = x > 89.0f ? F{} + 89.0f : x;
+  return exp_in_range(x);
 }
 
 }  // namespace rlkern

@@ -1,7 +1,8 @@
-// Running statistics of softmax(z / T) for one row, mergeable: log-prob, logsumexp and entropy.
+// Running statistics of softmax(z / T) for one row, mergeable: log-prob, logsumexp, entropy and the
+// sum of squared probabilities.
 //
 // With m = max(x) over raw logits x and d_j = (x_j - m) / T:
-//   sum = sum_j e^{d_j},  dot = sum_j e^{d_j} d_j
+//   sum = sum_j e^{d_j},  dot = sum_j e^{d_j} d_j,  sq = sum_j e^{2 d_j}
 //   logsumexp = m / T + log(sum),  logprob_t = d_t - log(sum),  entropy = log(sum) - dot / sum
 // The maximum is subtracted before the division by T: the subtraction is then exact for the logits
 // that matter, and logits of 1e4 lose nothing.
@@ -17,6 +18,7 @@ struct SoftmaxStats {
   float max = -INFINITY;
   float sum = 0.0f;
   float dot = 0.0f;
+  float sq = 0.0f;
 
   RLK_HD void merge(const SoftmaxStats& other, float inv_temperature) {
     if (other.max == -INFINITY && other.sum == 0.0f) return;
@@ -30,6 +32,7 @@ struct SoftmaxStats {
     moved.rescale_to(top, inv_temperature);
     sum += moved.sum;
     dot += moved.dot;
+    sq += moved.sq;
   }
 
   // Moves the reference point from max to top >= max: d' = d + shift with shift <= 0.
@@ -39,6 +42,7 @@ struct SoftmaxStats {
     const float scale = exp(shift);
     dot = scale * (dot + sum * shift);
     sum = scale * sum;
+    sq = scale * scale * sq;
     max = top;
   }
 
@@ -48,6 +52,7 @@ struct SoftmaxStats {
     return (target_logit - max) * inv_temperature - log_sum();
   }
   RLK_HD float entropy() const { return log_sum() - dot / sum; }
+  RLK_HD float sum_sq_prob() const { return sq / (sum * sum); }
 };
 
 // The coefficients of one row's gradient: with upstream gradients a (log-prob), b (entropy) and
