@@ -25,6 +25,8 @@ using torch::stable::Tensor;
 
 // 8 KiB of floats: read for the maximum, then again from L1 for the sums.
 constexpr int64_t kBlock = 2048;
+// Where a block has a value for the top-k, that many are passed over at a time.
+constexpr int64_t kStrip = 128;
 
 template <class V>
 constexpr int64_t kWidth = sizeof(V) / sizeof(float);
@@ -52,14 +54,18 @@ RLK_HD V load_logits(const T* p, int64_t left) {
 // whole vectors.
 template <class V, class T>
 RLK_HD void see(const T* x, const bool* mask, int64_t n, const View& view, float* y) {
+  const Softcap softcap = view.softcap;
+  const bool round = view.round;
   for (int64_t j = 0; j < n; j += kWidth<V>) {
     V v = load_logits<V>(x + j, n - j);
-    if (view.round) v = round_to_bf16(v);
-    if (view.softcap.on()) v = view.softcap.apply(v);
+    if (round) v = round_to_bf16(v);
+    if (softcap.on()) v = softcap.apply(v);
+    if (mask) {
+      const auto allowed = lanes_where<V>(mask + j, n - j);
+      v = only(allowed, v) + only(~allowed, V{} - INFINITY);
+    }
     store(y + j, v);
   }
-  if (mask)
-    for (int64_t j = 0; j < n; ++j) y[j] = mask[j] ? y[j] : -INFINITY;
 }
 
 // The k largest values of a row that is offered from its first column on. Of equal ones the first
@@ -82,10 +88,17 @@ class TopK {
   // What a value must exceed.
   float bar() const { return bar_; }
 
-  template <class T>
+  // x[0 .. n) begins at column `first`.
+  template <class V, class T>
   RLK_HD void offer(const T* x, int64_t n, int64_t first) {
-    for (int64_t j = 0; j < n; ++j)
-      if (static_cast<float>(x[j]) > bar_) push({static_cast<float>(x[j]), first + j});
+    for (int64_t j = 0; j < n; j += kStrip) {
+      const int64_t end = std::min(n, j + kStrip);
+      V top = V{} - INFINITY;
+      for (int64_t i = j; i < end; i += kWidth<V>) top = vmax(load_logits<V>(x + i, end - i), top);
+      if (!(reduce_max(top) > bar_)) continue;
+      for (int64_t i = j; i < end; ++i)
+        if (static_cast<float>(x[i]) > bar_) push({static_cast<float>(x[i]), first + i});
+    }
   }
 
   // Largest first; nothing may be offered after it.
@@ -144,7 +157,7 @@ template <class V, class T>
 RLK_HD void fold(const T* block, int64_t first, int64_t count, float inv, SoftmaxStats& stats,
                  TopK& best) {
   const SoftmaxStats more = block_stats<V>(block, count, inv);
-  if (more.max > best.bar()) best.offer(block, count, first);
+  if (more.max > best.bar()) best.offer<V>(block, count, first);
   stats.merge(more, inv);
 }
 
@@ -166,15 +179,19 @@ RLK_HD SoftmaxStats row_stats(const T* row, const View& view, float inv, TopK& b
   return stats;
 }
 
-// The gradient of a block off the picked columns; `grad` may be where y is.
-template <class V, bool kCap, class S, class T>
+// The gradient of a block off the picked columns, of logits as the softmax sees them; `grad` may be
+// where y is. With kPlain neither the cap nor the mask is looked at.
+template <class V, bool kPlain, class S, class T>
 RLK_HD void block_grad(const S* y, T* grad, int64_t count, float inv, float logsumexp,
-                       SoftmaxGrad g, Softcap softcap) {
+                       SoftmaxGrad g, Softcap softcap, const bool* mask) {
   for (int64_t j = 0; j < count; j += kWidth<V>) {
     const int64_t left = count - j;
     const V v = load_logits<V>(y + j, left);
     V d = g.off_target(v * inv - logsumexp) * inv;
-    if constexpr (kCap) d *= softcap.slope(v);
+    if constexpr (!kPlain) {
+      if (softcap.on()) d *= softcap.slope(v);
+      if (mask) d = only(lanes_where<V>(mask + j, left), d);
+    }
     if (left >= kWidth<V>)
       store(grad + j, d);
     else
@@ -186,7 +203,7 @@ template <class V, class T>
 RLK_HD void row_grad(const T* row, T* grad, const View& view, float inv, float logsumexp,
                      SoftmaxGrad g) {
   if (view.plain()) {
-    block_grad<V, false>(row, grad, view.vocab, inv, logsumexp, g, view.softcap);
+    block_grad<V, true>(row, grad, view.vocab, inv, logsumexp, g, view.softcap, nullptr);
     return;
   }
   float seen[kBlock];
@@ -194,13 +211,7 @@ RLK_HD void row_grad(const T* row, T* grad, const View& view, float inv, float l
     const int64_t count = std::min(kBlock, view.vocab - j);
     const bool* mask = view.mask ? view.mask + j : nullptr;
     see<V>(row + j, mask, count, view, seen);
-    if (view.softcap.on())
-      block_grad<V, true>(seen, grad + j, count, inv, logsumexp, g, view.softcap);
-    else
-      block_grad<V, false>(seen, grad + j, count, inv, logsumexp, g, view.softcap);
-    if (mask)
-      for (int64_t i = 0; i < count; ++i)
-        if (!mask[i]) grad[j + i] = T(0.0f);
+    block_grad<V, false>(seen, grad + j, count, inv, logsumexp, g, view.softcap, mask);
   }
 }
 
