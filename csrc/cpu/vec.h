@@ -22,6 +22,7 @@ constexpr int kLanes = 16;
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef float f32x4 __attribute__((vector_size(16)));
@@ -68,11 +69,13 @@ template <>
 struct Narrow<f32x16> {
   using Ints = i32x16;
   using Halves = u16x16;
+  using Bytes = u8x16;
 };
 template <>
 struct Narrow<f32x8> {
   using Ints = i32x8;
   using Halves = uint16_t __attribute__((vector_size(16)));
+  using Bytes = uint8_t __attribute__((vector_size(8)));
 };
 
 // Floats from memory of any element type.
@@ -107,6 +110,12 @@ RLK_HD auto bf16_bits(V x) {
   return (rounded & ~nan) | (((bits >> 16) | 0x40) & nan);
 }
 
+// x rounded to bfloat16, as float.
+template <class V>
+RLK_HD V round_to_bf16(V x) {
+  return Bits<V>::from(bf16_bits(x) << 16);
+}
+
 template <class V>
 RLK_HD void store(float* p, V x) {
   store_as(p, x);
@@ -130,6 +139,23 @@ RLK_HD f32x16 load_partial(const T* p, int64_t count, float fill) {
 template <class T, class V>
 RLK_HD void store_partial(T* p, V x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = static_cast<T>(x[i]);
+}
+
+// All ones where a flag is true, zeros where it is false and past `count`.
+template <class V>
+RLK_HD auto lanes_where(const bool* flags, int64_t count) {
+  constexpr int64_t kWidth = sizeof(V) / sizeof(float);
+  typename Narrow<V>::Bytes bytes{};
+  if (count >= kWidth)
+    bytes = load_as<typename Narrow<V>::Bytes>(flags);
+  else
+    for (int64_t i = 0; i < count; ++i) bytes[i] = flags[i];
+  return -__builtin_convertvector(bytes, typename Narrow<V>::Ints);
+}
+// x in those lanes, else 0, also where x is NaN.
+template <class V, class I>
+RLK_HD V only(I lanes, V x) {
+  return Bits<V>::from(Bits<V>::of(x) & lanes);
 }
 
 // Fixed trees: the same bits whatever the clone.

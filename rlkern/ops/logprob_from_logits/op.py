@@ -72,4 +72,8 @@ class LogprobFromLogits(torch.autograd.Function):
         name = "backward_inplace" if ctx.inplace else "backward"
         run = getattr(reference, name) if double else _BACKWARD[ctx.inplace]
         grad = run(*args)
-        return logits if ctx.inplace else grad, *(None,) * 7
+        if ctx.inplace:
+            # a second backward, or whoever else kept the logits, must not read a gradient
+            torch.autograd.graph.increment_version(logits)
+            grad = logits
+        return grad, *(None,) * 7
