@@ -90,6 +90,8 @@ def markdown(name: str, document: Path) -> str:
             parts.append(_parity(path, saved, document))
         elif saved.get("kind") == "demo":
             parts.append(_demo(path, saved, document))
+        elif saved.get("kind") == "kernel_resources":
+            parts.append(_kernel_resources(path, saved, document))
         else:
             raise SystemExit(f"{path.relative_to(ROOT)}: no table is known for such a result")
     return "\n".join(parts) if parts else "Not measured yet.\n"
@@ -146,6 +148,29 @@ def _demo(path: Path, saved: dict, document: Path) -> str:
         lines.append(_line(cells))
     load = saved["machine_info"]["load_at_end"][-1]
     return "\n".join([*lines, "", f"Load average over the last 15 minutes: {load}.", ""])
+
+
+def _kernel_resources(path: Path, saved: dict, document: Path) -> str:
+    """A line a kernel and dtype: registers a thread and shared memory on each architecture."""
+    versions = ", ".join(f"{name} {number}" for name, number in saved["versions"].items())
+    link = os.path.relpath(path, document.parent)
+    lines = [f"{versions}. From [{path.name}]({link}): `{saved['command']}`.", ""]
+    found: dict[tuple, dict[int, dict]] = {}
+    for row in saved["rows"]:
+        key = (row["op"], row["kernel"], row["dtype"], row["specialisations"])
+        found.setdefault(key, {})[row["capability"]] = row
+    capabilities = sorted({row["capability"] for row in saved["rows"]})
+    head = ["op", "kernel", "dtype", "compiled", *(f"sm_{c}" for c in capabilities), "spilled"]
+    lines += _head(head)
+    for (op, kernel, dtype, count), rows in found.items():
+        cells = [f"{rows[c]['registers']}, {rows[c]['shared_bytes'] / 1024:.3g} KiB" for c in rows]
+        spilled = max(row["local_bytes"] for row in rows.values())
+        lines.append(_line([op, kernel, dtype, str(count), *cells, f"{spilled} B"]))
+    limits = {row["capability"]: row["shared_limit"] // 1024 for row in saved["rows"]}
+    named = ", ".join(f"sm_{c} {limits[c]} KiB" for c in capabilities)
+    return "\n".join(
+        [*lines, "", f"A block may have 255 registers a thread and, of memory: {named}.", ""]
+    )
 
 
 def _source(path: Path, saved: dict, document: Path) -> str:

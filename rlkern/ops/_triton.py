@@ -1,4 +1,9 @@
-"""What Triton kernels of several ops need."""
+"""What Triton kernels of several ops need.
+
+x are logits after their soft cap, z = x inv with inv = `inverse(...)`; a row's running statistics
+over the columns seen so far are top = max x, and sums of e^d, e^d d and so on with
+d = (x - top) inv (csrc/include/rlkern/math/softmax_stats.h).
+"""
 
 import os
 
@@ -8,11 +13,16 @@ import triton.language as tl
 # The interpreter multiplies the bit patterns of bfloat16 in tl.dot (seen in triton 3.9): kernels
 # widen the operands first when it runs them. The products are exact either way.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TRUNCATES = tl.constexpr(INTERPRETED)
+# Below this, exp is 0 in float32: clamping there keeps 0 * -inf out of the entropy.
+UNDERFLOW = tl.constexpr(-104.0)
 
 
 @triton.jit
-def inverse(temperature, logit_scale, HAS_CAP: tl.constexpr):
-    """1 / temperature, with the scale where no soft cap takes it."""
+def inverse(row_temperature, row, temperature, logit_scale, HAS_CAP: tl.constexpr):
+    """1 / the temperature of the rows, times the scale where no soft cap takes it."""
+    if row_temperature is not None:
+        temperature = tl.load(row_temperature + row)
     if HAS_CAP:
         return 1.0 / temperature
     return logit_scale / temperature
@@ -30,3 +40,48 @@ def softcap_slope(y, logit_scale, softcap):
     """The derivative of softcapped at the capped value y."""
     t = y / softcap
     return logit_scale * (1.0 - t * t)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x to the nearest of dtype, ties to even; the interpreter truncates to bfloat16."""
+    if TRUNCATES and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def clamped(d):
+    """No lower than exp reaches; a where, not a maximum, so that a NaN reaches the result."""
+    return tl.where(d < UNDERFLOW, UNDERFLOW, d)
+
+
+@triton.jit
+def finite(top):
+    """While all logits are -inf any finite reference point gives sums of 0."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def exp_below(x, anchor, inv):
+    """(e^d, d) for d = (x - anchor) inv: of logits, or of sums that move to a higher anchor."""
+    d = clamped((x - anchor) * inv)
+    return tl.exp(d), d
+
+
+@triton.jit
+def gradient_constants(a, grad_logsumexp, grad_entropy, entropy, row):
+    """(constant, b) of dL/dz_j = a 1[j = target] + p_j (constant - b log p_j).
+
+    constant = c - a - b H, with c and b the gradients of logsumexp and entropy, 0 where None.
+    """
+    constant = -a
+    if grad_logsumexp is not None:
+        constant += tl.load(grad_logsumexp + row)
+    b = 0.0
+    if grad_entropy is not None:
+        b = tl.load(grad_entropy + row)
+        constant -= b * tl.load(entropy + row)
+    return constant, b

@@ -55,13 +55,15 @@ def record(run: Callable[[], object]) -> Iterator[Launch]:
         for parameter in self.params:
             value = values.get(parameter.name, parameter.default)
             is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
-            if parameter.is_constexpr or value is None or is_one:
+            specialised = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (is_one and specialised):
                 signature[parameter.name] = "constexpr"
                 constexprs[parameter.name] = value
                 continue
             signature[parameter.name] = _type_of(value)
             address = value.data_ptr() if isinstance(value, torch.Tensor) else value
-            if isinstance(address, int) and address % 16 == 0:
+            specialised &= not parameter.do_not_specialize_on_alignment
+            if specialised and isinstance(address, int) and address % 16 == 0:
                 divisible.append(parameter.name)
         key = (self, *(tuple(sorted(d.items())) for d in (signature, constexprs, options)))
         key = (*key, tuple(divisible))

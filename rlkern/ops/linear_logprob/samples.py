@@ -72,6 +72,19 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
     hidden, weight, bias = normal(40, 32), normal(900, 32), normal(900)
     how = {"batch_invariant": True, "chunk_size": 256, "ids": 3, "topk": 5}
     yield "batch invariant, in chunks", case(hidden, weight, bias, **how)
+    how = {"batch_invariant": True, "temperature": 0.8}
+    yield "batch invariant, odd sizes", case(normal(7, 13), normal(51, 13), **how)
+    # a chunk_size that small asks the Triton kernels for no buffer at all
+    yield "no buffer", case(normal(70, 32), normal(304, 32), chunk_size=1)
+    hidden, weight, bias = normal(40, 13), normal(201, 13), normal(201)
+    how = {"mask": (torch.arange(201) % 4 != 1).to(device), "size": 200, "rounding": True}
+    targets = (torch.arange(40) * 4).to(device)
+    how |= {
+        "targets": targets,
+        "cap": 5.0,
+        "row_temperature": torch.linspace(0.5, 2, 40).to(device),
+    }
+    yield "no buffer, odd sizes", case(hidden, weight, bias, chunk_size=1, **how)
 
 
 def backward_inputs(args: tuple, outputs: tuple, seed: int = 1) -> tuple:

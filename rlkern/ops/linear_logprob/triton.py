@@ -1,17 +1,36 @@
-"""Triton kernels of `linear_logprob`.
+"""Triton kernels of `linear_logprob`, and the two ways to its statistics.
 
-Forward: a program owns a block of tokens and a stretch of the vocabulary, and folds each tile of
-logits into running statistics; a second kernel merges the stretches in order. No logit is stored.
-Backward: logits are recomputed a chunk of the vocabulary at a time and stored as their gradient,
-which feeds the two remaining products.
+In chunks: torch's matmul writes the logits of some vocabulary entries in float32 into a buffer,
+which the kernels of `logprob_from_logits` fold into statistics, chunk after chunk. Fused: a program
+owns a block of tokens and a stretch of the vocabulary, and folds each tile of logits where it was
+multiplied out; no logit is stored. The backward recomputes the logits in chunks and stores them
+as their gradient, which feeds the two remaining products: four matmuls in all.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkern.ops._triton import INTERPRETED, inverse, softcap_slope, softcapped
+from rlkern.ops._logprob import Rows, Scalars, Stats, empty_stats
+from rlkern.ops._triton import INTERPRETED, exp_below, finite, inverse
+from rlkern.ops.logprob_from_logits.triton import (
+    PARTIALS,
+    SPLIT,
+    fold,
+    gradient,
+    merge,
+    new_partial,
+    offset_of,
+    pick,
+    processed,
+    store_partial,
+    top,
+    without_masked,
+)
 
 # T, V and bytes of H of a tile, warps and stages. Rows that start and end at multiples of 16
 # elements are copied asynchronously: operand tiles three deep in flight (72 KiB; sm_120 has 99 KiB
@@ -20,12 +39,14 @@ from rlkern.ops._triton import INTERPRETED, inverse, softcap_slope, softcapped
 # leaves free.
 ALIGNED = (64, 128, 128, 8, 3)
 UNALIGNED = (32, 64, 64, 4, 1)
-# Stretches of the vocabulary: fixed by V alone, so that a token's bits do not depend on T.
-SPLIT_V = 8192
-MAX_SPLITS = 16
-# Elements of the logit gradients that exist at a time.
+# Logits in the buffer at a time: 256 MiB, and their gradients in 16 bits half as much.
 CHUNK_ELEMENTS = 64 * 2**20
-UNDERFLOW = tl.constexpr(-104.0)
+# Stretches of the vocabulary in the fused kernel.
+FUSED_SPLIT = 8192
+FUSED_MAX_SPLITS = 16
+# (compute capability, T, H, V), the sizes rounded up to powers of two, where the fused kernel was
+# measured faster than chunks. No measurement on a GPU has been made.
+FUSED_FASTER: frozenset[tuple[tuple[int, int], int, int, int]] = frozenset()
 
 
 @triton.jit
@@ -35,7 +56,7 @@ def _logits_tile(
     row,
     column,
     rows,
-    vocab,
+    width,
     depth,
     stride_hidden,
     stride_weight,
@@ -58,7 +79,7 @@ def _logits_tile(
         )
         b = tl.load(
             weight_rows + k[:, None],
-            mask=(column < vocab)[None, :] & (k < depth)[:, None],
+            mask=(column < width)[None, :] & (k < depth)[:, None],
             other=0.0,
         )
         if WIDEN:
@@ -67,10 +88,50 @@ def _logits_tile(
     return acc
 
 
-@triton.jit
-def _forward_kernel(
+# not recompiled, and the same bits, for another number of rows
+@triton.jit(do_not_specialize=["rows"])
+def _logits_kernel(
     hidden,
     weight,
+    logits,
+    rows,
+    width,
+    depth,
+    stride_hidden,
+    stride_weight,
+    stride_logits,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = _logits_tile(
+        hidden,
+        weight,
+        row,
+        column,
+        rows,
+        width,
+        depth,
+        stride_hidden,
+        stride_weight,
+        BLOCK_T,
+        BLOCK_V,
+        BLOCK_H,
+        WIDEN,
+    )
+    out = logits + row.to(tl.int64)[:, None] * stride_logits + column[None, :]
+    tl.store(out, x, mask=(row < rows)[:, None] & (column < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _fused_kernel(
+    hidden,
+    weight,
+    bias,
+    vocab_mask,
     targets,
     row_temperature,
     partial,
@@ -80,10 +141,12 @@ def _forward_kernel(
     stride_hidden,
     stride_weight,
     split_size,
+    splits,
     temperature,
     logit_scale,
     softcap,
     HAS_CAP: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -92,19 +155,20 @@ def _forward_kernel(
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     split = tl.program_id(1)
     valid = row < rows
-    target = tl.load(targets + row, mask=valid, other=-1)
-    temperatures = tl.zeros_like(row).to(tl.float32) + temperature
-    if row_temperature is not None:
-        temperatures = tl.load(row_temperature + row, mask=valid, other=1.0)
-    inv = inverse(temperatures, logit_scale, HAS_CAP)
-    top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    # the last block reads row 0 where it has no row of its own
+    known = tl.where(valid, row, 0)
+    target = offset_of(tl.load(targets + known), 0, vocab)
+    inv = tl.zeros((BLOCK_T,), tl.float32)
+    inv += inverse(row_temperature, known, temperature, logit_scale, HAS_CAP)
+    highest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
     dot = tl.zeros((BLOCK_T,), tl.float32)
+    squares = tl.zeros((BLOCK_T,), tl.float32)
     hit = tl.zeros((BLOCK_T,), tl.float32)
     first = split * split_size
     for start in range(first, tl.minimum(first + split_size, vocab), BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
-        z = _logits_tile(
+        x = _logits_tile(
             hidden,
             weight,
             row,
@@ -119,284 +183,249 @@ def _forward_kernel(
             BLOCK_H,
             WIDEN,
         )
-        if HAS_CAP:
-            z = softcapped(z, logit_scale, softcap)
-        hit += tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
-        z = tl.where((column < vocab)[None, :], z, float("-inf"))
-        new_top = tl.maximum(top, tl.max(z, 1))
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shift = (tl.where(top == float("-inf"), anchor, top) - anchor) * inv
-        shift = tl.where(shift < UNDERFLOW, UNDERFLOW, shift)
-        scale = tl.exp(shift)
-        d = (z - anchor[:, None]) * inv[:, None]
-        d = tl.where(d < UNDERFLOW, UNDERFLOW, d)
-        e = tl.exp(d)
+        inside = (column < vocab)[None, :]
+        x, allowed = processed(
+            x,
+            bias,
+            vocab_mask,
+            column[None, :],
+            inside,
+            logit_scale,
+            softcap,
+            HAS_CAP,
+            ROUND,
+        )
+        x = tl.where(allowed, x, float("-inf"))
+        hit += tl.sum(tl.where(column[None, :] == target[:, None], x, 0.0), 1)
+        higher = tl.maximum(highest, tl.max(x, 1))
+        anchor = finite(higher)
+        scale, shift = exp_below(highest, anchor, inv)
+        e, d = exp_below(x, anchor[:, None], inv[:, None])
         dot = scale * (dot + total * shift) + tl.sum(e * d, 1)
         total = scale * total + tl.sum(e, 1)
-        top = new_top
-    out = partial + (split * 4).to(tl.int64) * rows + row
-    tl.store(out, top, mask=valid)
-    tl.store(out + rows, total, mask=valid)
-    tl.store(out + 2 * rows, dot, mask=valid)
-    tl.store(out + 3 * rows, hit, mask=valid)
-
-
-@triton.jit
-def _merge_kernel(
-    partial,
-    targets,
-    row_temperature,
-    logprob,
-    logsumexp,
-    entropy,
-    rows,
-    vocab,
-    splits,
-    temperature,
-    logit_scale,
-    ignore_index,
-    HAS_CAP: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = row < rows
-    target = tl.load(targets + row, mask=valid, other=-1)
-    temperatures = tl.zeros_like(row).to(tl.float32) + temperature
-    if row_temperature is not None:
-        temperatures = tl.load(row_temperature + row, mask=valid, other=1.0)
-    inv = inverse(temperatures, logit_scale, HAS_CAP)
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    dot = tl.zeros((BLOCK,), tl.float32)
-    hit = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        part = partial + tl.cast(split, tl.int64) * 4 * rows + row
-        part_top = tl.load(part, mask=valid, other=float("-inf"))
-        part_total = tl.load(part + rows, mask=valid, other=0.0)
-        part_dot = tl.load(part + 2 * rows, mask=valid, other=0.0)
-        hit += tl.load(part + 3 * rows, mask=valid, other=0.0)
-        new_top = tl.maximum(top, part_top)
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        old_shift = (tl.where(top == float("-inf"), anchor, top) - anchor) * inv
-        old_shift = tl.where(old_shift < UNDERFLOW, UNDERFLOW, old_shift)
-        part_shift = (tl.where(part_top == float("-inf"), anchor, part_top) - anchor) * inv
-        part_shift = tl.where(part_shift < UNDERFLOW, UNDERFLOW, part_shift)
-        old_scale = tl.exp(old_shift)
-        part_scale = tl.exp(part_shift)
-        dot = old_scale * (dot + total * old_shift)
-        dot += part_scale * (part_dot + part_total * part_shift)
-        total = old_scale * total + part_scale * part_total
-        top = new_top
-    log_sum = tl.log(total)
-    value = (hit - top) * inv - log_sum
-    in_vocab = (target >= 0) & (target < vocab)
-    value = tl.where(in_vocab, value, float("nan"))
-    tl.store(logprob + row, tl.where(target == ignore_index, 0.0, value), mask=valid)
-    tl.store(logsumexp + row, top * inv + log_sum, mask=valid)
-    if WANT_ENTROPY:
-        tl.store(entropy + row, log_sum - dot / total, mask=valid)
-
-
-@triton.jit
-def _logit_gradient_kernel(
-    grad_logprob,
-    grad_logsumexp,
-    grad_entropy,
-    hidden,
-    weight,
-    targets,
-    logsumexp,
-    entropy,
-    row_temperature,
-    d_logits,
-    rows,
-    vocab,
-    depth,
-    stride_hidden,
-    stride_weight,
-    first_column,
-    width,
-    temperature,
-    logit_scale,
-    softcap,
-    ignore_index,
-    HAS_CAP: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    offset = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    column = first_column + offset
-    valid = row < rows
-    target = tl.load(targets + row, mask=valid, other=-1)
-    temperatures = tl.zeros_like(row).to(tl.float32) + temperature
-    if row_temperature is not None:
-        temperatures = tl.load(row_temperature + row, mask=valid, other=1.0)
-    inv = inverse(temperatures, logit_scale, HAS_CAP)
-    # dL/dz_j = a 1[j = t] + p_j (c - a - b H - b log p_j)
-    a = tl.zeros((BLOCK_T,), tl.float32)
-    if grad_logprob is not None:
-        a = tl.load(grad_logprob + row, mask=valid, other=0.0)
-        a = tl.where(target == ignore_index, 0.0, a)
-    constant = -a
-    if grad_logsumexp is not None:
-        constant += tl.load(grad_logsumexp + row, mask=valid, other=0.0)
-    b = tl.zeros((BLOCK_T,), tl.float32)
-    if grad_entropy is not None:
-        b = tl.load(grad_entropy + row, mask=valid, other=0.0)
-        constant -= b * tl.load(entropy + row, mask=valid, other=0.0)
-    lse = tl.load(logsumexp + row, mask=valid, other=0.0)
-    z = _logits_tile(
-        hidden,
-        weight,
-        row,
-        column,
-        rows,
-        vocab,
-        depth,
-        stride_hidden,
-        stride_weight,
-        BLOCK_T,
-        BLOCK_V,
-        BLOCK_H,
-        WIDEN,
+        squares = scale * scale * squares + tl.sum(e * e, 1)
+        highest = higher
+    store_partial(
+        partial, row.to(tl.int64), split, splits, highest, total, dot, squares, hit, valid
     )
-    if HAS_CAP:
-        z = softcapped(z, logit_scale, softcap)
-    log_p = z * inv[:, None] - lse[:, None]
-    log_p = tl.where(log_p < UNDERFLOW, UNDERFLOW, log_p)
-    d = tl.exp(log_p) * (constant[:, None] - b[:, None] * log_p)
-    d += tl.where(column[None, :] == target[:, None], a[:, None], 0.0)
-    d = d * inv[:, None]
-    if HAS_CAP:
-        d = d * softcap_slope(z, logit_scale, softcap)
-    out = d_logits + row.to(tl.int64)[:, None] * width + offset[None, :]
-    mask = valid[:, None] & (offset < width)[None, :]
-    tl.store(out, d.to(d_logits.dtype.element_ty), mask=mask)
 
 
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    want_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (rows, depth), vocab = hidden.shape, weight.shape[0]
-    logprob = hidden.new_empty((rows,), dtype=torch.float32)
-    logsumexp = hidden.new_empty((rows,), dtype=torch.float32)
-    entropy = hidden.new_empty((rows if want_entropy else 0,), dtype=torch.float32)
-    if rows == 0:
-        return logprob, logsumexp, entropy
+class Head(NamedTuple):
+    """hidden @ weight^T + bias, and how its logits are multiplied out."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    batch_invariant: bool
+    chunk_size: int  # 0: chosen here
+
+
+class Chunk(NamedTuple):
+    """Some rows' logits of some vocabulary entries."""
+
+    rows: slice
+    first: int
+    logits: Tensor
+    """float32, without bias; overwritten by the next one"""
+
+
+def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> tuple:
+    """rest: *Rows, *Scalars, topk, batch_invariant, chunk_size."""
+    rows, scalars, topk = Rows(*rest[:4]), Scalars(*rest[4:10]), rest[10]
+    head = Head(hidden, weight, bias, *rest[11:])
+    stats = empty_stats(hidden, hidden.shape[0], rows.ids, topk)
+    if _path(head, rows, scalars, topk) == "fused":
+        partial = _fused_partial(head, rows, scalars)
+    else:
+        partial = _partial_in_chunks(head, rows, scalars, topk, stats)
+    merge(partial, rows, scalars, stats)
+    return tuple(stats)
+
+
+def backward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
+    """args: gradients of logprob, logsumexp, entropy and id_logprob, hidden, weight, bias, *Rows,
+    logsumexp, entropy, *Scalars, batch_invariant, chunk_size, need_hidden, need_weight, need_bias.
+
+    Every row takes part: to drop those without a gradient, their number would have to be known
+    on the host.
+    """
+    grads, (hidden, weight, bias), rows = args[:4], args[4:7], Rows(*args[7:11])
+    logsumexp, entropy, scalars = *args[11:13], Scalars(*args[13:19])
+    need_hidden, need_weight, need_bias = args[21:]
+    head = Head(hidden, weight, bias, *args[19:21])
+    (count, depth), vocab = hidden.shape, weight.shape[0]
+
+    def zeros(*shape: int) -> Tensor:
+        return hidden.new_zeros(shape, dtype=torch.float32)
+
+    d_hidden = zeros(count if need_hidden else 0, depth)
+    # the padding of the vocabulary gets 0
+    grad_weight = weight.new_zeros((vocab if need_weight else 0, depth))
+    grad_bias = weight.new_zeros((vocab if need_bias else 0,))
+    rounded = None if hidden.dtype == torch.float32 else _new_buffer(head, scalars, hidden.dtype)
+    for chunk in _chunks(head, scalars):
+        part, first, logits = chunk
+        columns = slice(first, first + logits.shape[1])
+        d_logits = logits if rounded is None else _block(rounded, logits.shape)
+        gradient(
+            tuple(None if g is None else g[part] for g in grads),
+            logits,
+            first,
+            bias,
+            _of(rows, part),
+            logsumexp[part],
+            entropy[part],
+            scalars,
+            d_logits,
+        )
+        if part.start == 0:
+            d_weight = zeros(logits.shape[1] if need_weight else 0, depth)
+            d_bias = zeros(logits.shape[1] if need_bias else 0)
+        if need_hidden:
+            d_hidden[part] += _matmul_fp32(d_logits, weight[columns])
+        if need_weight:
+            d_weight += _matmul_fp32(d_logits.T, hidden[part])
+        if need_bias:
+            d_bias += d_logits.sum(0, dtype=torch.float32)
+        if part.stop >= count:
+            grad_weight[columns] = d_weight
+            grad_bias[columns] = d_bias
+    return d_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+def _path(head: Head, rows: Rows, scalars: Scalars, topk: int) -> str:
+    """ "chunks" or "fused".
+
+    A chunk_size under the smallest chunk, SPLIT, asks for no buffer at all. The fused kernel has
+    neither ids nor top-k, and sums in another order than chunks, whose bits a batch-invariant call
+    keeps for every chunk_size.
+    """
+    if topk or rows.ids is not None or head.batch_invariant:
+        return "chunks"
+    if head.chunk_size:
+        return "fused" if head.chunk_size < SPLIT else "chunks"
+    sizes = (*head.hidden.shape, scalars.vocab_size)
+    shape = tuple(triton.next_power_of_2(size) for size in sizes)
+    device = head.hidden.device
+    capability = torch.cuda.get_device_capability(device) if head.hidden.is_cuda else (0, 0)
+    return "fused" if (capability, *shape) in FUSED_FASTER else "chunks"
+
+
+def _partial_in_chunks(head: Head, rows: Rows, scalars: Scalars, topk: int, stats: Stats) -> Tensor:
+    """Folds all chunks; fills the parts of stats that hold logits of ids and the top-k."""
+    partial = new_partial(head.hidden, head.hidden.shape[0], scalars.vocab_size)
+    stats.id_logprob.fill_(float("nan"))
+    # a full top-k of nothing, which every token is above
+    stats.topk_values.fill_(float("-inf"))
+    stats.topk_ids.fill_(-1)
+    for part, first, logits in _chunks(head, scalars):
+        mine = _of(rows, part)
+        fold(logits, first, head.bias, mine, scalars, partial[part])
+        if rows.ids is not None:
+            pick(logits, first, mine.ids, head.bias, mine, scalars, stats.id_logprob[part])
+        if topk:
+            values, ids = top(logits, first, head.bias, mine, scalars, topk)
+            values = torch.cat([stats.topk_values[part], values], 1)
+            ids = torch.cat([stats.topk_ids[part], ids], 1)
+            stats.topk_values[part], best = values.topk(topk)
+            stats.topk_ids[part] = without_masked(stats.topk_values[part], ids.gather(1, best))
+    return partial
+
+
+def _fused_partial(head: Head, rows: Rows, scalars: Scalars) -> Tensor:
+    hidden, weight = head.hidden, head.weight
+    (count, depth), vocab = hidden.shape, scalars.vocab_size
     tile = _tile(hidden, weight)
-    splits = max(1, min(MAX_SPLITS, triton.cdiv(vocab, SPLIT_V)))
+    splits = max(1, min(FUSED_MAX_SPLITS, triton.cdiv(vocab, FUSED_SPLIT)))
     split_size = triton.cdiv(triton.cdiv(vocab, splits), tile["BLOCK_V"]) * tile["BLOCK_V"]
-    partial = hidden.new_empty((splits, 4, rows), dtype=torch.float32)
-    _forward_kernel[(triton.cdiv(rows, tile["BLOCK_T"]), splits)](
+    partial = hidden.new_empty((count, PARTIALS.value, splits), dtype=torch.float32)
+    if count == 0:
+        return partial
+    _fused_kernel[(triton.cdiv(count, tile["BLOCK_T"]), splits)](
         hidden,
         weight,
-        targets,
-        row_temperature,
+        head.bias,
+        rows.vocab_mask,
+        rows.targets,
+        rows.row_temperature,
         partial,
-        rows,
+        count,
         vocab,
         depth,
         hidden.stride(0),
         weight.stride(0),
         split_size,
-        temperature,
-        logit_scale,
-        softcap,
-        HAS_CAP=softcap > 0,
+        splits,
+        scalars.temperature,
+        scalars.logit_scale,
+        scalars.softcap,
+        HAS_CAP=scalars.softcap > 0,
+        ROUND=scalars.round_logits,
         **tile,
     )
-    _merge_kernel[(triton.cdiv(rows, 128),)](
-        partial,
-        targets,
-        row_temperature,
-        logprob,
-        logsumexp,
-        entropy,
-        rows,
-        vocab,
-        splits,
-        temperature,
-        logit_scale,
-        ignore_index,
-        HAS_CAP=softcap > 0,
-        WANT_ENTROPY=want_entropy,
-        BLOCK=128,
-        num_warps=4,
-    )
-    return logprob, logsumexp, entropy
+    return partial
 
 
-def backward(
-    grad_logprob: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    logsumexp: Tensor,
-    entropy: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    (rows, depth), vocab = hidden.shape, weight.shape[0]
-    grad_weight = weight.new_empty((vocab if need_weight else 0, depth))
-    total = hidden.new_zeros((rows if need_hidden else 0, depth), dtype=torch.float32)
-    if rows == 0:
-        return total.to(hidden.dtype), grad_weight.zero_()
+def _chunks(head: Head, scalars: Scalars) -> Iterator[Chunk]:
+    """The logits by vocabulary, then by rows, each in the same buffer."""
+    hidden, weight = head.hidden, head.weight
+    buffer = _new_buffer(head, scalars, torch.float32)
+    count, width = buffer.shape
+    for first in range(0, scalars.vocab_size, width):
+        entries = weight[first : min(first + width, scalars.vocab_size)]
+        for begin in range(0, hidden.shape[0], max(1, count)):
+            part = slice(begin, min(begin + count, hidden.shape[0]))
+            logits = _block(buffer, (part.stop - begin, entries.shape[0]))
+            _multiply(hidden[part], entries, logits, head.batch_invariant)
+            yield Chunk(part, first, logits)
+
+
+def _new_buffer(head: Head, scalars: Scalars, dtype: torch.dtype) -> Tensor:
+    """For one chunk's logits: a multiple of SPLIT columns, or the whole vocabulary; as many rows
+    as fit. Rows begin at multiples of 16 elements, for wide loads and the same layout everywhere.
+    """
+    count, vocab = head.hidden.shape[0], scalars.vocab_size
+    wanted = head.chunk_size or CHUNK_ELEMENTS // max(1, count)
+    width = min(max(1, wanted // SPLIT) * SPLIT, triton.cdiv(max(1, vocab), 16) * 16)
+    return head.hidden.new_empty((min(count, CHUNK_ELEMENTS // width), width), dtype=dtype)
+
+
+def _block(buffer: Tensor, shape: tuple[int, int]) -> Tensor:
+    return buffer[: shape[0], : shape[1]]
+
+
+def _of(rows: Rows, part: slice) -> Rows:
+    """vocab_mask is every row's."""
+    cut = (None if value is None else value[part] for value in rows)
+    return Rows(*cut)._replace(vocab_mask=rows.vocab_mask)
+
+
+def _multiply(hidden: Tensor, weight: Tensor, out: Tensor, batch_invariant: bool) -> None:
+    """out = hidden @ weight^T, the float32 accumulator kept.
+
+    Our own kernel has tiles and an order of sums that nothing changes, and IEEE products: it also
+    serves float32 where torch is set to round operands to TF32.
+    """
+    tf32 = hidden.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if not (batch_invariant or tf32):
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(hidden.float(), weight.float().T, out=out)
+        return
     tile = _tile(hidden, weight)
-    block_t, block_v = tile["BLOCK_T"], tile["BLOCK_V"]
-    chunk = max(block_v, CHUNK_ELEMENTS // rows // block_v * block_v)
-    buffer = hidden.new_empty(rows * min(chunk, vocab))
-    for first in range(0, vocab, chunk):
-        width = min(chunk, vocab - first)
-        d_logits = buffer[: rows * width].view(rows, width)
-        _logit_gradient_kernel[(triton.cdiv(rows, block_t), triton.cdiv(width, block_v))](
-            grad_logprob,
-            grad_logsumexp,
-            grad_entropy,
-            hidden,
-            weight,
-            targets,
-            logsumexp,
-            entropy,
-            row_temperature,
-            d_logits,
-            rows,
-            vocab,
-            depth,
-            hidden.stride(0),
-            weight.stride(0),
-            first,
-            width,
-            temperature,
-            logit_scale,
-            softcap,
-            ignore_index,
-            HAS_CAP=softcap > 0,
-            **tile,
-        )
-        if need_hidden:
-            total += _matmul_fp32(d_logits, weight[first : first + width])
-        if need_weight:
-            grad_weight[first : first + width] = _matmul_fp32(d_logits.T, hidden)
-    return total.to(hidden.dtype), grad_weight
+    grid = triton.cdiv(out.shape[0], tile["BLOCK_T"]), triton.cdiv(out.shape[1], tile["BLOCK_V"])
+    _logits_kernel[grid](
+        hidden,
+        weight,
+        out,
+        *out.shape,
+        hidden.shape[1],
+        hidden.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        **tile,
+    )
 
 
 def _tile(hidden: Tensor, weight: Tensor) -> dict[str, int]:

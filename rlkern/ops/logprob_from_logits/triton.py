@@ -1,205 +1,482 @@
-"""Triton kernels of `logprob_from_logits`: a program a row, the row in blocks."""
+"""Triton kernels of softmax statistics over blocks of logits: `logprob_from_logits`.
+
+A block is some columns of all rows: the logits that were given, or a float32 chunk of those that
+`linear_logprob` multiplies out. `fold` reads a block once, in splits of 4096 columns, and writes
+each split's partial statistics; `merge` makes a row's results of them in a fixed order; `pick`
+reads the logits of chosen tokens out of a block; `gradient` turns a block into its gradient.
+Splits are cut by the vocabulary alone, so a row's bits depend neither on the rows beside it nor on
+how the vocabulary was cut into blocks.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkern.ops._triton import inverse, softcap_slope, softcapped
+from rlkern.ops._logprob import Rows, Scalars, Stats, empty_stats
+from rlkern.ops._triton import (
+    clamped,
+    exp_below,
+    finite,
+    gradient_constants,
+    inverse,
+    rounded,
+    softcap_slope,
+    softcapped,
+)
 
-# The largest block of which a row of float32 stays in registers at eight warps.
-BLOCK = 4096
-# Below this, exp is 0 in float32: clamping there keeps 0 * -inf out of the entropy.
-UNDERFLOW = tl.constexpr(-104.0)
+# The columns of a program: 16 float32 a thread at eight warps. Blocks begin at multiples of it.
+SPLIT = 4096
+# What a split leaves: max, sum e^d, sum e^d d, sum e^2d, the target's logit.
+PARTIALS = tl.constexpr(5)
+# Tokens that are picked at a time.
+BLOCK_IDS = 32
+# Elements of what torch.topk works on at a time.
+TOPK_ELEMENTS = 64 * 2**20
 
 
 @triton.jit
-def _forward_kernel(
-    logits,
+def processed(
+    x,
+    bias,
+    vocab_mask,
+    column,
+    inside,
+    logit_scale,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """(the capped logit of x, whether the token may occur) for columns of the vocabulary."""
+    if bias is not None:
+        x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    if ROUND:
+        x = rounded(x, tl.bfloat16).to(tl.float32)
+    if HAS_CAP:
+        x = softcapped(x, logit_scale, softcap)
+    allowed = inside
+    if vocab_mask is not None:
+        allowed = inside & (tl.load(vocab_mask + column, mask=inside, other=0) != 0)
+    return x, allowed
+
+
+@triton.jit
+def store_partial(partial, row, split, splits, top, total, dot, squares, hit, valid):
+    """partial is (rows, PARTIALS, splits), so that merge reads a row straight through."""
+    out = partial + row * PARTIALS * splits + split
+    tl.store(out, top, mask=valid)
+    tl.store(out + splits, total, mask=valid)
+    tl.store(out + 2 * splits, dot, mask=valid)
+    tl.store(out + 3 * splits, squares, mask=valid)
+    tl.store(out + 4 * splits, hit, mask=valid)
+
+
+@triton.jit
+def offset_of(token, first, width):
+    """Where a block has the token: 32 bits, which compare faster; -1 where it has not."""
+    offset = token - first
+    return tl.where((offset >= 0) & (offset < width), offset, -1).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _fold_kernel(
+    block,
+    bias,
+    vocab_mask,
     targets,
+    row_temperature,
+    partial,
+    first,
+    width,
+    stride,
+    splits,
+    temperature,
+    logit_scale,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    ROUND: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    # int64: T * V passes 2^31 at 128 k vocabulary and 16 k tokens
+    row = tl.program_id(0).to(tl.int64)
+    offset = tl.program_id(1) * SPLIT + tl.arange(0, SPLIT)
+    inside = offset < width
+    inv = inverse(row_temperature, row, temperature, logit_scale, HAS_CAP)
+    x = tl.load(block + row * stride + offset, mask=inside, other=0.0).to(tl.float32)
+    x, allowed = processed(
+        x, bias, vocab_mask, first + offset, inside, logit_scale, softcap, HAS_CAP, ROUND
+    )
+    x = tl.where(allowed, x, float("-inf"))
+    target = offset_of(tl.load(targets + row), first, width)
+    hit = tl.sum(tl.where(offset == target, x, 0.0), 0)
+    top = tl.max(x, 0)
+    e, d = exp_below(x, finite(top), inv)
+    split = first // SPLIT + tl.program_id(1)
+    total, dot, squares = tl.sum(e, 0), tl.sum(e * d, 0), tl.sum(e * e, 0)
+    store_partial(partial, row, split, splits, top, total, dot, squares, hit, True)
+
+
+@triton.jit
+def _to_logprobs(values, ids, row, count, top, log_sum, inv, ignore_index, BLOCK: tl.constexpr):
+    """A row's capped logits become log-probs, 0 where the id is ignore_index."""
+    for start in range(0, count, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        at = row * count + k
+        value = (tl.load(values + at, mask=k < count, other=0.0) - top) * inv - log_sum
+        if ids is not None:
+            token = tl.load(ids + at, mask=k < count, other=0)
+            value = tl.where(token == ignore_index, 0.0, value)
+        tl.store(values + at, value, mask=k < count)
+
+
+@triton.jit(do_not_specialize=["splits", "ids_count", "topk"])
+def _merge_kernel(
+    partial,
+    targets,
+    ids,
     row_temperature,
     logprob,
     logsumexp,
     entropy,
-    vocab,
-    stride,
+    sum_sq_prob,
+    is_top1,
+    id_logprob,
+    topk_values,
+    splits,
+    ids_count,
+    topk,
+    vocab_size,
     temperature,
     logit_scale,
-    softcap,
     ignore_index,
     HAS_CAP: tl.constexpr,
-    WANT_ENTROPY: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_IDS: tl.constexpr,
 ):
-    # int64: T * V passes 2^31 at 128 k vocabulary and 16 k tokens
     row = tl.program_id(0).to(tl.int64)
-    if row_temperature is not None:
-        temperature = tl.load(row_temperature + row)
-    inv = inverse(temperature, logit_scale, HAS_CAP)
-    base = logits + row * stride
-    top = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    dot = tl.zeros((), tl.float32)
-    for start in range(0, vocab, BLOCK_V):
-        column = start + tl.arange(0, BLOCK_V)
-        x = tl.load(base + column, mask=column < vocab, other=float("-inf")).to(tl.float32)
-        if HAS_CAP:
-            x = softcapped(x, logit_scale, softcap)
-            x = tl.where(column < vocab, x, float("-inf"))
-        new_top = tl.maximum(top, tl.max(x, 0))
-        # while all logits are -inf any finite reference point gives sums of 0
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shift = (tl.where(top == float("-inf"), anchor, top) - anchor) * inv
-        shift = tl.where(shift < UNDERFLOW, UNDERFLOW, shift)
-        scale = tl.exp(shift)
-        d = (x - anchor) * inv
-        # written as a where, not a maximum: a NaN logit must reach the result
-        d = tl.where(d < UNDERFLOW, UNDERFLOW, d)
-        e = tl.exp(d)
-        dot = scale * (dot + total * shift) + tl.sum(e * d, 0)
-        total = scale * total + tl.sum(e, 0)
-        top = new_top
-    log_sum = tl.log(total)
     target = tl.load(targets + row)
-    in_vocab = (target >= 0) & (target < vocab)
-    hit = tl.load(base + tl.where(in_vocab, target, 0), mask=in_vocab, other=float("nan"))
-    hit = hit.to(tl.float32)
-    if HAS_CAP:
-        hit = softcapped(hit, logit_scale, softcap)
-    value = (hit - top) * inv - log_sum
+    inv = inverse(row_temperature, row, temperature, logit_scale, HAS_CAP)
+    split = tl.arange(0, SPLITS)
+    valid = split < splits
+    part = partial + row * PARTIALS * splits + split
+    part_top = tl.load(part, mask=valid, other=float("-inf"))
+    part_total = tl.load(part + splits, mask=valid, other=0.0)
+    part_dot = tl.load(part + 2 * splits, mask=valid, other=0.0)
+    part_squares = tl.load(part + 3 * splits, mask=valid, other=0.0)
+    hit = tl.sum(tl.load(part + 4 * splits, mask=valid, other=0.0), 0)
+    top = tl.max(part_top, 0)
+    scale, shift = exp_below(part_top, finite(top), inv)
+    total = tl.sum(scale * part_total, 0)
+    dot = tl.sum(scale * (part_dot + part_total * shift), 0)
+    squares = tl.sum(scale * scale * part_squares, 0)
+    log_sum = tl.log(total)
+    in_vocab = (target >= 0) & (target < vocab_size)
+    value = tl.where(in_vocab, (hit - top) * inv - log_sum, float("nan"))
     tl.store(logprob + row, tl.where(target == ignore_index, 0.0, value))
     tl.store(logsumexp + row, top * inv + log_sum)
-    if WANT_ENTROPY:
-        tl.store(entropy + row, log_sum - dot / total)
+    tl.store(entropy + row, log_sum - dot / total)
+    tl.store(sum_sq_prob + row, squares / (total * total))
+    # a row with a NaN has none
+    is_top = in_vocab & (target != ignore_index) & (hit >= top) & (total == total)
+    tl.store(is_top1 + row, is_top)
+    if ids is not None:
+        _to_logprobs(id_logprob, ids, row, ids_count, top, log_sum, inv, ignore_index, BLOCK_IDS)
+    _to_logprobs(topk_values, None, row, topk, top, log_sum, inv, ignore_index, BLOCK_IDS)
 
 
-@triton.jit
-def _backward_kernel(
+@triton.jit(do_not_specialize=["count"])
+def _pick_kernel(
+    block,
+    bias,
+    vocab_mask,
+    ids,
+    picked,
+    first,
+    width,
+    stride,
+    count,
+    logit_scale,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_IDS: tl.constexpr,
+):
+    """picked (rows, count) takes the capped logits of the ids that lie in the block."""
+    row = tl.program_id(0).to(tl.int64)
+    for start in range(0, count, BLOCK_IDS):
+        k = start + tl.arange(0, BLOCK_IDS)
+        token = tl.load(ids + row * count + k, mask=k < count, other=-1)
+        inside = (token >= first) & (token < first + width)
+        offset = tl.where(inside, token - first, 0)
+        x = tl.load(block + row * stride + offset, mask=inside, other=0.0).to(tl.float32)
+        x, allowed = processed(
+            x, bias, vocab_mask, token, inside, logit_scale, softcap, HAS_CAP, ROUND
+        )
+        tl.store(picked + row * count + k, tl.where(allowed, x, float("-inf")), mask=inside)
+
+
+@triton.jit(do_not_specialize=["ids_count"])
+def _gradient_kernel(
     grad_logprob,
     grad_logsumexp,
     grad_entropy,
-    logits,
+    grad_ids,
+    block,
+    bias,
+    vocab_mask,
     targets,
+    ids,
+    row_temperature,
     logsumexp,
     entropy,
-    row_temperature,
-    grad_logits,
-    vocab,
+    d_block,
+    first,
+    width,
     stride,
+    written,
+    d_stride,
+    ids_count,
     temperature,
     logit_scale,
     softcap,
     ignore_index,
     HAS_CAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    ROUND: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
+    """Columns from width to written are padding and get 0; d_block may be block."""
     row = tl.program_id(0).to(tl.int64)
-    if row_temperature is not None:
-        temperature = tl.load(row_temperature + row)
-    inv = inverse(temperature, logit_scale, HAS_CAP)
-    target = tl.load(targets + row)
+    begin = tl.program_id(1) * SPLIT
+    offset = begin + tl.arange(0, SPLIT)
+    inside = offset < width
+    inv = inverse(row_temperature, row, temperature, logit_scale, HAS_CAP)
+    x = tl.load(block + row * stride + offset, mask=inside, other=0.0).to(tl.float32)
+    x, allowed = processed(
+        x, bias, vocab_mask, first + offset, inside, logit_scale, softcap, HAS_CAP, ROUND
+    )
+    hits = tl.zeros((SPLIT,), tl.float32)
     a = 0.0
     if grad_logprob is not None:
+        target = tl.load(targets + row)
         a = tl.where(target == ignore_index, 0.0, tl.load(grad_logprob + row))
-    # dL/dz_j = a 1[j = t] + p_j (c - a - b H - b log p_j)
-    constant = -a
-    if grad_logsumexp is not None:
-        constant += tl.load(grad_logsumexp + row)
-    b = 0.0
-    if grad_entropy is not None:
-        b = tl.load(grad_entropy + row)
-        constant -= b * tl.load(entropy + row)
-    lse = tl.load(logsumexp + row)
-    column = tl.program_id(1).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = tl.load(logits + row * stride + column, mask=column < vocab, other=0.0).to(tl.float32)
-    if HAS_CAP:
-        x = softcapped(x, logit_scale, softcap)
-    log_p = x * inv - lse
-    log_p = tl.where(log_p < UNDERFLOW, UNDERFLOW, log_p)
-    d = tl.exp(log_p) * (constant - b * log_p) + tl.where(column == target, a, 0.0)
-    d = d * inv
+        hits += tl.where(offset == offset_of(target, first, width), a, 0.0)
+    constant, b = gradient_constants(a, grad_logsumexp, grad_entropy, entropy, row)
+    if grad_ids is not None:
+        for k in range(ids_count):
+            token = tl.load(ids + row * ids_count + k)
+            g = tl.load(grad_ids + row * ids_count + k)
+            g = tl.where(token == ignore_index, 0.0, g)
+            constant -= g
+            at = offset_of(token, first, width)
+            # most ids lie elsewhere
+            if (at >= begin) & (at < begin + SPLIT):
+                hits += tl.where(offset == at, g, 0.0)
+    log_p = clamped(x * inv - tl.load(logsumexp + row))
+    d = (tl.exp(log_p) * (constant - b * log_p) + hits) * inv
     if HAS_CAP:
         d = d * softcap_slope(x, logit_scale, softcap)
-    out = grad_logits + row * vocab + column
-    tl.store(out, d.to(grad_logits.dtype.element_ty), mask=column < vocab)
+    d = rounded(tl.where(allowed, d, 0.0), d_block.dtype.element_ty)
+    tl.store(d_block + row * d_stride + offset, d, mask=offset < written)
 
 
-def forward(
-    logits: Tensor,
-    targets: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-    want_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, vocab = logits.shape
-    logprob = logits.new_empty((rows,), dtype=torch.float32)
-    logsumexp = logits.new_empty((rows,), dtype=torch.float32)
-    entropy = logits.new_empty((rows if want_entropy else 0,), dtype=torch.float32)
-    if rows:
-        _forward_kernel[(rows,)](
-            logits,
-            targets,
-            row_temperature,
-            logprob,
-            logsumexp,
-            entropy,
-            vocab,
-            logits.stride(0),
-            temperature,
-            logit_scale,
-            softcap,
-            ignore_index,
-            HAS_CAP=softcap > 0,
-            WANT_ENTROPY=want_entropy,
-            BLOCK_V=_block(vocab),
-            num_warps=8,
-        )
-    return logprob, logsumexp, entropy
+def new_partial(like: Tensor, rows: int, vocab_size: int) -> Tensor:
+    """What `fold` fills: the splits of every block that begins at a multiple of SPLIT."""
+    return like.new_empty(
+        (rows, PARTIALS.value, triton.cdiv(vocab_size, SPLIT)), dtype=torch.float32
+    )
 
 
-def backward(
-    grad_logprob: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
+def fold(
+    block: Tensor, first: int, bias: Tensor | None, rows: Rows, scalars: Scalars, partial: Tensor
+) -> None:
+    """block holds the columns from `first`, a multiple of SPLIT, of the rows."""
+    if block.numel() == 0:
+        return
+    _fold_kernel[(block.shape[0], triton.cdiv(block.shape[1], SPLIT))](
+        block,
+        bias,
+        rows.vocab_mask,
+        rows.targets,
+        rows.row_temperature,
+        partial,
+        first,
+        block.shape[1],
+        block.stride(0),
+        partial.shape[2],
+        scalars.temperature,
+        scalars.logit_scale,
+        scalars.softcap,
+        HAS_CAP=scalars.softcap > 0,
+        ROUND=scalars.round_logits,
+        SPLIT=SPLIT,
+        num_warps=8,
+    )
+
+
+def merge(partial: Tensor, rows: Rows, scalars: Scalars, stats: Stats) -> None:
+    """Fills stats; id_logprob and topk_values hold capped logits before and log-probs after."""
+    count, _, splits = partial.shape
+    if count == 0:
+        return
+    _merge_kernel[(count,)](
+        partial,
+        rows.targets,
+        rows.ids,
+        rows.row_temperature,
+        *stats[:7],
+        splits,
+        stats.id_logprob.shape[1],
+        stats.topk_values.shape[1],
+        scalars.vocab_size,
+        scalars.temperature,
+        scalars.logit_scale,
+        scalars.ignore_index,
+        HAS_CAP=scalars.softcap > 0,
+        SPLITS=triton.next_power_of_2(max(splits, 1)),
+        BLOCK_IDS=BLOCK_IDS,
+        num_warps=1,
+    )
+
+
+def pick(
+    block: Tensor,
+    first: int,
+    ids: Tensor,
+    bias: Tensor | None,
+    rows: Rows,
+    scalars: Scalars,
+    picked: Tensor,
+) -> None:
+    """Capped logits of (rows, K) ids, -inf where masked; others than the block's stay."""
+    if ids.numel() == 0 or block.shape[1] == 0:
+        return
+    _pick_kernel[(block.shape[0],)](
+        block,
+        bias,
+        rows.vocab_mask,
+        ids,
+        picked,
+        first,
+        block.shape[1],
+        block.stride(0),
+        ids.shape[1],
+        scalars.logit_scale,
+        scalars.softcap,
+        HAS_CAP=scalars.softcap > 0,
+        ROUND=scalars.round_logits,
+        BLOCK_IDS=BLOCK_IDS,
+        num_warps=1,
+    )
+
+
+def top(
+    block: Tensor, first: int, bias: Tensor | None, rows: Rows, scalars: Scalars, topk: int
+) -> tuple[Tensor, Tensor]:
+    """(capped logits, ids) of the block's topk largest, or of all where it has fewer.
+
+    Scale, soft cap and temperature keep the order: torch.topk sees the logits before them.
+    """
+    columns = slice(first, first + block.shape[1])
+    topk = min(topk, block.shape[1])
+    ids = rows.targets.new_empty((block.shape[0], topk))
+    step = max(1, TOPK_ELEMENTS // max(1, block.shape[1]))
+    for begin in range(0, block.shape[0], step):
+        part = block[begin : begin + step]
+        if bias is not None:
+            part = part.float() + bias[columns]
+        if scalars.round_logits:
+            part = part.bfloat16()
+        if rows.vocab_mask is not None:
+            part = part.masked_fill(~rows.vocab_mask[columns], float("-inf"))
+        ids[begin : begin + step] = part.topk(topk).indices + first
+    values = block.new_empty(ids.shape, dtype=torch.float32)
+    pick(block, first, ids, bias, rows, scalars, values)
+    return values, ids
+
+
+def without_masked(values: Tensor, ids: Tensor) -> Tensor:
+    """The ids, -1 where there was no token left."""
+    return ids.masked_fill(values == float("-inf"), -1)
+
+
+def gradient(
+    grads: tuple[Tensor | None, ...],
+    block: Tensor,
+    first: int,
+    bias: Tensor | None,
+    rows: Rows,
     logsumexp: Tensor,
     entropy: Tensor,
-    row_temperature: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float,
-    ignore_index: int,
-) -> Tensor:
-    rows, vocab = logits.shape
-    grad_logits = logits.new_empty((rows, vocab))
-    if grad_logits.numel():
-        block = _block(vocab)
-        _backward_kernel[(rows, triton.cdiv(vocab, block))](
-            grad_logprob,
-            grad_logsumexp,
-            grad_entropy,
-            logits,
-            targets,
-            logsumexp,
-            entropy,
-            row_temperature,
-            grad_logits,
-            vocab,
-            logits.stride(0),
-            temperature,
-            logit_scale,
-            softcap,
-            ignore_index,
-            HAS_CAP=softcap > 0,
-            BLOCK_V=block,
-            num_warps=8,
-        )
-    return grad_logits
+    scalars: Scalars,
+    d_block: Tensor,
+) -> None:
+    """grads: of logprob, logsumexp, entropy and the log-probs at ids.
+
+    d_block has the rows of block and at least its columns; it may be the same memory.
+    """
+    if d_block.numel() == 0:
+        return
+    _gradient_kernel[(block.shape[0], triton.cdiv(d_block.shape[1], SPLIT))](
+        *grads,
+        block,
+        bias,
+        rows.vocab_mask,
+        rows.targets,
+        rows.ids,
+        rows.row_temperature,
+        logsumexp,
+        entropy,
+        d_block,
+        first,
+        block.shape[1],
+        block.stride(0),
+        d_block.shape[1],
+        d_block.stride(0),
+        0 if grads[3] is None else rows.ids.shape[1],
+        scalars.temperature,
+        scalars.logit_scale,
+        scalars.softcap,
+        scalars.ignore_index,
+        HAS_CAP=scalars.softcap > 0,
+        ROUND=scalars.round_logits,
+        SPLIT=SPLIT,
+        num_warps=8,
+    )
 
 
-def _block(vocab: int) -> int:
-    return min(BLOCK, triton.next_power_of_2(max(vocab, 16)))
+def forward(logits: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    """rest: *Rows, *Scalars, topk."""
+    rows, scalars, topk = Rows(*rest[:4]), Scalars(*rest[4:10]), rest[10]
+    count, block = logits.shape[0], logits[:, : scalars.vocab_size]
+    stats = empty_stats(logits, count, rows.ids, topk)
+    partial = new_partial(logits, count, scalars.vocab_size)
+    fold(block, 0, None, rows, scalars, partial)
+    if rows.ids is not None:
+        stats.id_logprob.fill_(float("nan"))
+        pick(block, 0, rows.ids, None, rows, scalars, stats.id_logprob)
+    if topk:
+        values, ids = top(block, 0, None, rows, scalars, topk)
+        stats.topk_values.copy_(values)
+        stats.topk_ids.copy_(without_masked(values, ids))
+    merge(partial, rows, scalars, stats)
+    return tuple(stats)
+
+
+def backward(*args: object) -> Tensor:
+    """args: gradients of logprob, logsumexp, entropy and id_logprob, logits, *Rows, logsumexp,
+    entropy, *Scalars."""
+    grad = args[4].new_empty(args[4].shape)
+    _gradient_into(grad, *args)
+    return grad
+
+
+def backward_inplace(*args: object) -> None:
+    """The same, written over the logits."""
+    _gradient_into(args[4], *args)
+
+
+def _gradient_into(out: Tensor, *args: object) -> None:
+    grads, logits, rows, (lse, entropy) = args[:4], args[4], Rows(*args[5:9]), args[9:11]
+    scalars = Scalars(*args[11:])
+    block = logits[:, : scalars.vocab_size]
+    gradient(grads, block, 0, None, rows, lse, entropy, scalars, out)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-UNDERFLOW = tl.constexpr(-104.0)
+from rlkern.ops._triton import clamped, exp_below, finite, gradient_constants, inverse
+
 # Slots and columns of a tile, and warps: 64 float32 sums a thread, 512 bytes of each 16-bit row.
 # Rows that do not start at multiples of 16 elements are read element by element, each with an
 # address of its own in a register, which a small tile leaves free.
@@ -64,9 +65,7 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     begin, end = _range(kept_offsets, row, slots)
     target = tl.load(targets + row)
-    inv = 1.0 / temperature
-    if row_temperature is not None:
-        inv = 1.0 / tl.load(row_temperature + row)
+    inv = inverse(row_temperature, row, temperature, 1.0, False)
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     dot = tl.zeros((), tl.float32)
@@ -96,14 +95,10 @@ def _forward_kernel(
         hit = tl.where(is_first, match, hit)
         number += tl.sum(counts.to(tl.int32), 0)
         new_top = tl.maximum(top, tl.max(x, 0))
-        # while nothing counts any finite reference point gives sums of 0
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shift = (tl.where(top == float("-inf"), anchor, top) - anchor) * inv
-        shift = tl.where(shift < UNDERFLOW, UNDERFLOW, shift)
-        scale = tl.exp(shift)
-        d = (x - anchor) * inv
-        d = tl.where(d < UNDERFLOW, UNDERFLOW, d)
-        e = tl.where(counts, tl.exp(d), 0.0)
+        anchor = finite(new_top)
+        scale, shift = exp_below(top, anchor, inv)
+        e, d = exp_below(x, anchor, inv)
+        e = tl.where(counts, e, 0.0)
         dot = scale * (dot + total * shift) + tl.sum(e * d, 0)
         total = scale * total + tl.sum(e, 0)
         top = new_top
@@ -146,28 +141,18 @@ def _slot_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     begin, end = _range(kept_offsets, row, slots)
     hit = tl.load(target_slot + row)
-    inv = 1.0 / temperature
-    if row_temperature is not None:
-        inv = 1.0 / tl.load(row_temperature + row)
-    # dL/dz_j = a 1[j = t] + p_j (c - a - b H - b log p_j)
+    inv = inverse(row_temperature, row, temperature, 1.0, False)
     a = 0.0
     if grad_logprob is not None:
         # a log-prob of a target that was not kept is a constant
         a = tl.where(hit >= 0, tl.load(grad_logprob + row), 0.0)
-    constant = -a
-    if grad_logsumexp is not None:
-        constant += tl.load(grad_logsumexp + row)
-    b = 0.0
-    if grad_entropy is not None:
-        b = tl.load(grad_entropy + row)
-        constant -= b * tl.load(entropy + row)
+    constant, b = gradient_constants(a, grad_logsumexp, grad_entropy, entropy, row)
     lse = tl.load(logsumexp + row)
     for start in range(begin, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         ids, counts = _kept(kept_ids, slot, end, vocab)
         x = tl.load(logits + slot, mask=counts, other=0.0)
-        log_p = x * inv - lse
-        log_p = tl.where(log_p < UNDERFLOW, UNDERFLOW, log_p)
+        log_p = clamped(x * inv - lse)
         value = tl.exp(log_p) * (constant - b * log_p) + tl.where(slot == hit, a, 0.0)
         tl.store(d + slot, tl.where(counts, value * inv, 0.0), mask=slot < end)
         if WANT_KEY:
