@@ -8,15 +8,20 @@ from torch import Tensor
 
 from rlkern import _check
 
-OUTPUTS = ("logprob", "entropy", "logsumexp")
+OUTPUTS = ("logprob", "entropy", "logsumexp", "sum_sq_prob", "is_top1")
 
 
 class LogprobOutput(NamedTuple):
-    """float32 tensors of shape (T,); None for an output that was not asked for."""
+    """float32 tensors of shape (T,), is_top1 bool; None for an output that was not asked for."""
 
     logprob: Tensor | None = None
     entropy: Tensor | None = None
     logsumexp: Tensor | None = None
+    sum_sq_prob: Tensor | None = None
+    is_top1: Tensor | None = None
+    topk_values: Tensor | None = None
+    topk_ids: Tensor | None = None
+    id_logprob: Tensor | None = None
 
 
 def check_outputs(op: str, outputs: Sequence[str]) -> None:
