@@ -550,14 +550,14 @@ def test_rows_that_nobody_kept_are_not_read(device):
             assert part.isnan().cpu().tolist() == reached.tolist(), kernel.name
 
 
-def test_a_transposed_head_and_strided_hidden_states():
+def test_a_transposed_head_and_strided_inputs():
     _, _, targets, ids, offsets = problem(5, 16, 50, [7] * 5)
-    weight = torch.randn(16, 50).T
+    weight, bias = torch.randn(16, 50).T, torch.randn(100)[::2]
     hidden = torch.randn(2, 9, 16)[:, ::2].reshape(-1, 16)[::2]
-    got = rlkern.sparse_linear_logprob(hidden, weight, targets, ids, offsets).logprob
-    want = rlkern.sparse_linear_logprob(
-        hidden.contiguous(), weight.contiguous(), targets, ids, offsets
-    ).logprob
+    rest = (targets, ids, offsets)
+    got = rlkern.sparse_linear_logprob(hidden, weight, *rest, bias=bias).logprob
+    plain = (t.contiguous() for t in (hidden, weight))
+    want = rlkern.sparse_linear_logprob(*plain, *rest, bias=bias.contiguous()).logprob
     assert_same_bits("strided", got, want)
 
 

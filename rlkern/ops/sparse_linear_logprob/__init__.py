@@ -120,8 +120,9 @@ def sparse_linear_logprob(
         hidden = hidden.contiguous()
     if weight.stride(-1) != 1:
         weight = weight.contiguous()
-    inputs = (hidden, weight) if bias is None else (hidden, weight, bias)
-    differentiates = torch.is_grad_enabled() and any(i.requires_grad for i in inputs)
+    differentiates = torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
     logprob, logsumexp, entropy, sum_sq_prob, is_top1 = SparseLinearLogprob.apply(
         hidden,
         weight,
@@ -134,14 +135,13 @@ def sparse_linear_logprob(
         logits_rounding == "bf16",
         differentiates,
     )
-    found = {
-        "logprob": logprob,
-        "entropy": entropy,
-        "logsumexp": logsumexp,
-        "sum_sq_prob": sum_sq_prob,
-        "is_top1": is_top1,
-    }
-    return LogprobOutput(**{name: value for name, value in found.items() if name in outputs})
+    return LogprobOutput(
+        logprob=logprob if "logprob" in outputs else None,
+        entropy=entropy if "entropy" in outputs else None,
+        logsumexp=logsumexp if "logsumexp" in outputs else None,
+        sum_sq_prob=sum_sq_prob if "sum_sq_prob" in outputs else None,
+        is_top1=is_top1 if "is_top1" in outputs else None,
+    )
 
 
 def _check_bounds(kept_offsets: Tensor, slots: int) -> None:
