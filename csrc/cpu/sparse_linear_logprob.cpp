@@ -1,5 +1,4 @@
-// Log-prob, logsumexp and entropy under each row's kept tokens, from those rows of the weight
-// alone.
+// Statistics of the softmax over each row's kept tokens, from those rows of the weight alone.
 //
 // A thread takes whole tokens: dot products with four kept rows at a time, folded into the token's
 // statistics in blocks. The gradient of the hidden states goes the same way; that of the weight
@@ -18,6 +17,7 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "rlkern/math/softcap.h"
 #include "rlkern/math/softmax_stats.h"
 #include "vec.h"
 
@@ -85,37 +85,66 @@ RLK_HD void narrow(const float* sum, int64_t depth, T* out) {
   if (k < depth) store_partial(out + k, load(sum + k), depth - k);
 }
 
-// Statistics of `count` logits, padded with -inf to whole vectors.
-RLK_HD SoftmaxStats stats_of(const float* logits, int64_t count, float inv_temperature) {
+// SoftmaxStats, and squares = sum_j e^{2 d_j}.
+struct KeptStats {
+  SoftmaxStats softmax;
+  float squares = 0.0f;
+
+  void merge(const KeptStats& other, float inv_temperature) {
+    const float before = softmax.max;
+    softmax.merge(other.softmax, inv_temperature);
+    squares = moved(squares, before, inv_temperature) +
+              moved(other.squares, other.softmax.max, inv_temperature);
+  }
+  float sum_sq_prob() const { return squares / (softmax.sum * softmax.sum); }
+
+ private:
+  // Squares with the reference point `max`, from now on with that of the sums.
+  float moved(float sum, float max, float inv_temperature) const {
+    if (sum == 0.0f || max == softmax.max) return sum;
+    const float scale = exp((max - softmax.max) * inv_temperature);
+    return scale * scale * sum;
+  }
+};
+
+// Statistics of `count` capped logits, padded with -inf to whole vectors.
+RLK_HD KeptStats stats_of(const float* logits, int64_t count, float inv_temperature) {
   f32x16 top = splat(-INFINITY);
   for (int64_t j = 0; j < count; j += kLanes) top = vmax(load(logits + j), top);
-  SoftmaxStats stats;
+  KeptStats kept;
+  SoftmaxStats& stats = kept.softmax;
   stats.max = reduce_max(top);
   // No token counts: nothing to add. The sums start from a finite maximum.
   if (stats.max == -INFINITY) {
     for (int64_t j = 0; j < count; ++j)
       if (std::isnan(logits[j])) stats.sum = NAN;
-    return stats;
+    return kept;
   }
-  f32x16 sum{}, dot{};
+  f32x16 sum{}, dot{}, squares{};
   for (int64_t j = 0; j < count; j += kLanes) {
     f32x16 d = (load(logits + j) - stats.max) * inv_temperature;
     d = d < kExpUnderflow ? splat(kExpUnderflow) : d;
     const f32x16 e = exp(d);
     sum += e;
     dot += e * d;
+    squares += e * e;
   }
   stats.sum = reduce_add(sum);
   stats.dot = reduce_add(dot);
-  return stats;
+  kept.squares = reduce_add(squares);
+  return kept;
 }
 
-// d[j] = dL/dx of `count` logits x; those of slots that do not count are -inf and get 0.
+// d[j] = dL/dx of `count` logits x, without the target's own term. -inf gets 0: slots that do not
+// count, and probabilities of 0.
+template <bool kCap>
 RLK_HD void logit_gradients(const float* logits, int64_t count, float inv_temperature,
-                            float logsumexp, const SoftmaxGrad& g, float* d) {
+                            Softcap softcap, float logsumexp, const SoftmaxGrad& g, float* d) {
   for (int64_t j = 0; j < count; ++j) {
-    const float log_p = logits[j] * inv_temperature - logsumexp;
-    d[j] = logits[j] == -INFINITY ? 0.0f : g.off_target(log_p) * inv_temperature;
+    const float y = kCap ? softcap.apply(logits[j]) : logits[j];
+    float value = g.off_target(y * inv_temperature - logsumexp) * inv_temperature;
+    if constexpr (kCap) value *= softcap.slope(y);
+    d[j] = logits[j] == -INFINITY ? 0.0f : value;
   }
 }
 
@@ -142,13 +171,18 @@ RLK_INSTANTIATE(bf16)
 RLK_INSTANTIATE(fp16)
 #undef RLK_INSTANTIATE
 
-RLK_MULTIVERSION SoftmaxStats block_stats(const float* logits, int64_t count,
-                                          float inv_temperature) {
+// Whole vectors, from -inf to the soft cap's -cap too.
+RLK_MULTIVERSION void cap_block(float* logits, int64_t count, Softcap softcap) {
+  for (int64_t j = 0; j < count; j += kLanes) store(logits + j, softcap.apply(load(logits + j)));
+}
+RLK_MULTIVERSION KeptStats block_stats(const float* logits, int64_t count, float inv_temperature) {
   return stats_of(logits, count, inv_temperature);
 }
 RLK_MULTIVERSION void block_gradients(const float* logits, int64_t count, float inv_temperature,
-                                      float logsumexp, const SoftmaxGrad& g, float* d) {
-  logit_gradients(logits, count, inv_temperature, logsumexp, g, d);
+                                      Softcap softcap, float logsumexp, const SoftmaxGrad& g,
+                                      float* d) {
+  softcap.on() ? logit_gradients<true>(logits, count, inv_temperature, softcap, logsumexp, g, d)
+               : logit_gradients<false>(logits, count, inv_temperature, softcap, logsumexp, g, d);
 }
 
 int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -199,19 +233,36 @@ class KeptSets {
   const int64_t* wide_ = nullptr;
 };
 
+// What happens to logits, and by which temperature.
+struct Scaling {
+  const float* temperatures;  // of every row, or nullptr
+  float temperature;
+  Softcap softcap;
+
+  float inverse(int64_t row) const {
+    return softcap.inverse(temperatures ? temperatures[row] : temperature);
+  }
+};
+
+struct Results {
+  float *logprob, *logsumexp, *entropy, *sum_sq_prob;
+  bool* is_top1;
+  float* logits;         // of every slot, or nullptr
+  int64_t* target_slot;  // nullptr where logits are
+};
+
 template <class T>
-void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const KeptSets& kept,
-                  const int64_t* targets, const float* temperatures, float temperature,
-                  int64_t ignore_index, float* logprob, float* logsumexp, float* entropy,
-                  float* logits, int64_t* target_slot) {
+void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const T* bias,
+                  const KeptSets& kept, const int64_t* targets, const Scaling& scaling,
+                  int64_t ignore_index, bool round_logits, const Results& out) {
   const int64_t depth = hidden.columns;
   torch::stable::parallel_for(0, kept.rows(), kept.grain(depth), [&](int64_t first, int64_t last) {
     const std::unique_ptr<float[]> token(new float[padded(depth)]());
     alignas(64) float x[kBlock];
     for (int64_t t = first; t < last; ++t) {
-      const float inv = 1.0f / (temperatures ? temperatures[t] : temperature);
+      const float inv = scaling.inverse(t);
       const int64_t begin = kept.begin(t), end = kept.end(t);
-      SoftmaxStats stats;
+      KeptStats stats;
       int64_t hit = -1;
       float target_logit = 0.0f;
       bool has_kept = false;
@@ -235,23 +286,36 @@ void forward_rows(const Matrix<T>& hidden, const Matrix<T>& weight, const KeptSe
             for (int r = filled; r < kRows; ++r) rows[r] = rows[filled - 1];
             float dots[kRows];
             dots_with(token.get(), rows, depth, dots);
-            for (int r = 0; r < filled; ++r) x[at[r]] = dots[r];
+            for (int r = 0; r < filled; ++r) {
+              float& logit = x[at[r]];
+              logit = dots[r];
+              if (bias) logit += static_cast<float>(bias[kept.id(j + at[r])]);
+              if (round_logits) logit = static_cast<float>(static_cast<bf16>(logit));
+            }
             filled = 0;
           }
         }
+        if (out.logits) std::copy_n(x, count, out.logits + j);
+        if (scaling.softcap.on()) {
+          cap_block(x, count, scaling.softcap);
+          for (int64_t i = 0; i < padded(count); ++i)
+            if (i >= count || kept.id(j + i) < 0) x[i] = -INFINITY;
+        }
         if (hit >= j) target_logit = x[hit - j];
-        if (logits) std::copy_n(x, count, logits + j);
         stats.merge(block_stats(x, count, inv), inv);
       }
       const bool in_vocab = targets[t] >= 0 && targets[t] < weight.rows;
-      logsumexp[t] = stats.logsumexp(inv);
-      logprob[t] = hit >= 0               ? stats.logprob(target_logit, inv)
-                   : in_vocab && has_kept ? -INFINITY
-                                          : NAN;
       const bool ignored = targets[t] == ignore_index;
-      if (ignored) logprob[t] = 0.0f;
-      if (entropy) entropy[t] = has_kept ? stats.entropy() : 0.0f;
-      if (target_slot) target_slot[t] = ignored ? -1 : hit;
+      const float logprob = hit >= 0               ? stats.softmax.logprob(target_logit, inv)
+                            : in_vocab && has_kept ? -INFINITY
+                                                   : NAN;
+      out.logprob[t] = ignored ? 0.0f : logprob;
+      out.logsumexp[t] = stats.softmax.logsumexp(inv);
+      out.entropy[t] = has_kept ? stats.softmax.entropy() : 0.0f;
+      out.sum_sq_prob[t] = has_kept ? stats.sum_sq_prob() : 0.0f;
+      out.is_top1[t] =
+          hit >= 0 && !ignored && target_logit >= stats.softmax.max && !std::isnan(logprob);
+      if (out.target_slot) out.target_slot[t] = ignored ? -1 : hit;
     }
   });
 }
@@ -263,20 +327,24 @@ struct Upstream {
 // d[slot] for every slot, 0 for those in no row; the row of each slot.
 void slot_gradients(const Upstream& upstream, const KeptSets& kept, const float* logits,
                     const int64_t* target_slot, const float* logsumexp, const float* entropy,
-                    const float* temperatures, float temperature, float* d, int64_t* row_of) {
+                    const Scaling& scaling, float* d, int64_t* row_of) {
   std::fill_n(d, kept.slots(), 0.0f);
   std::fill_n(row_of, kept.slots(), int64_t{-1});
   torch::stable::parallel_for(0, kept.rows(), kept.grain(16), [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
-      const float inv = 1.0f / (temperatures ? temperatures[t] : temperature);
+      const float inv = scaling.inverse(t);
       const int64_t begin = kept.begin(t), count = kept.end(t) - begin, hit = target_slot[t];
       const bool found = hit >= begin && hit < begin + count;
       const SoftmaxGrad g(upstream.logprob && found ? upstream.logprob[t] : 0.0f,
                           upstream.entropy ? upstream.entropy[t] : 0.0f,
                           upstream.logsumexp ? upstream.logsumexp[t] : 0.0f,
                           upstream.entropy ? entropy[t] : 0.0f);
-      block_gradients(logits + begin, count, inv, logsumexp[t], g, d + begin);
-      if (found) d[hit] += g.target * inv;
+      const Softcap softcap = scaling.softcap;
+      block_gradients(logits + begin, count, inv, softcap, logsumexp[t], g, d + begin);
+      if (found) {
+        const float slope = softcap.on() ? softcap.slope(softcap.apply(logits[hit])) : 1.0f;
+        d[hit] += g.target * inv * slope;
+      }
       std::fill_n(row_of + begin, count, t);
     }
   });
@@ -344,6 +412,14 @@ void weight_gradient(const Matrix<T>& hidden, int64_t vocab, const KeptSets& kep
   });
 }
 
+template <class T>
+void bias_gradient(int64_t vocab, const KeptSets& kept, const float* d, T* grad) {
+  const std::unique_ptr<float[]> sum(new float[vocab]());
+  for (int64_t slot = 0; slot < kept.slots(); ++slot)
+    if (kept.id(slot) >= 0) sum[kept.id(slot)] += d[slot];
+  for (int64_t id = 0; id < vocab; ++id) grad[id] = static_cast<T>(sum[id]);
+}
+
 const float* optional_data(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr<float>() : nullptr;
 }
@@ -372,42 +448,63 @@ void check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& kept
   RLK_CHECK_SIZE(kept_offsets, 0, hidden.size(0) + 1);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor hidden, Tensor weight,
-                                                           Tensor targets, Tensor kept_ids,
-                                                           Tensor kept_offsets,
-                                                           std::optional<Tensor> row_temperature,
-                                                           double temperature, int64_t ignore_index,
-                                                           bool want_entropy, bool want_logits) {
+Scaling scaling_of(const std::optional<Tensor>& row_temperature, double temperature,
+                   double logit_scale, double cap) {
+  return {optional_data(row_temperature), static_cast<float>(temperature),
+          Softcap{static_cast<float>(logit_scale), static_cast<float>(cap)}};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets, Tensor kept_ids,
+    Tensor kept_offsets, std::optional<Tensor> row_temperature, double temperature,
+    double logit_scale, double cap, int64_t ignore_index, bool round_logits, bool want_logits) {
   check_inputs(hidden, weight, kept_ids, kept_offsets);
   const int64_t count = hidden.size(0);
   RLK_CHECK_DTYPE(targets, Long);
   RLK_CHECK_CONTIGUOUS(targets);
   RLK_CHECK_SIZE(targets, 0, count);
+  if (bias.has_value()) {
+    RLK_CHECK_CPU(*bias);
+    RLK_CHECK_DIM(*bias, 1);
+    RLK_CHECK_CONTIGUOUS(*bias);
+    RLK_CHECK_SIZE(*bias, 0, weight.size(0));
+    STD_TORCH_CHECK(bias->scalar_type() == weight.scalar_type(),
+                    "bias and weight must have the same dtype");
+  }
   const KeptSets kept(kept_ids, kept_offsets, weight.size(0));
   const auto kFloat = torch::headeronly::ScalarType::Float;
   Tensor logprob = torch::stable::new_empty(hidden, {count}, kFloat);
   Tensor logsumexp = torch::stable::new_empty(hidden, {count}, kFloat);
-  Tensor entropy = torch::stable::new_empty(hidden, {want_entropy ? count : 0}, kFloat);
+  Tensor entropy = torch::stable::new_empty(hidden, {count}, kFloat);
+  Tensor sum_sq_prob = torch::stable::new_empty(hidden, {count}, kFloat);
+  Tensor is_top1 = torch::stable::new_empty(hidden, {count}, torch::headeronly::ScalarType::Bool);
   Tensor logits = torch::stable::new_empty(hidden, {want_logits ? kept.slots() : 0}, kFloat);
   Tensor target_slot = torch::stable::new_empty(targets, {want_logits ? count : 0});
+  const Results results = {logprob.mutable_data_ptr<float>(),
+                           logsumexp.mutable_data_ptr<float>(),
+                           entropy.mutable_data_ptr<float>(),
+                           sum_sq_prob.mutable_data_ptr<float>(),
+                           is_top1.mutable_data_ptr<bool>(),
+                           want_logits ? logits.mutable_data_ptr<float>() : nullptr,
+                           want_logits ? target_slot.mutable_data_ptr<int64_t>() : nullptr};
   RLK_DISPATCH_FLOAT(hidden, T, {
-    forward_rows(Matrix<T>(hidden), Matrix<T>(weight), kept, targets.const_data_ptr<int64_t>(),
-                 optional_data(row_temperature), static_cast<float>(temperature), ignore_index,
-                 logprob.mutable_data_ptr<float>(), logsumexp.mutable_data_ptr<float>(),
-                 want_entropy ? entropy.mutable_data_ptr<float>() : nullptr,
-                 want_logits ? logits.mutable_data_ptr<float>() : nullptr,
-                 want_logits ? target_slot.mutable_data_ptr<int64_t>() : nullptr);
+    forward_rows(Matrix<T>(hidden), Matrix<T>(weight),
+                 bias.has_value() ? bias->const_data_ptr<T>() : nullptr, kept,
+                 targets.const_data_ptr<int64_t>(),
+                 scaling_of(row_temperature, temperature, logit_scale, cap), ignore_index,
+                 round_logits, results);
   });
-  return {logprob, logsumexp, entropy, logits, target_slot};
+  return {logprob, logsumexp, entropy, sum_sq_prob, is_top1, logits, target_slot};
 }
 
-std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_logprob,
-                                    std::optional<Tensor> grad_logsumexp,
-                                    std::optional<Tensor> grad_entropy, Tensor hidden,
-                                    Tensor weight, Tensor kept_ids, Tensor kept_offsets,
-                                    Tensor logits, Tensor target_slot, Tensor logsumexp,
-                                    Tensor entropy, std::optional<Tensor> row_temperature,
-                                    double temperature, bool need_hidden, bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> grad_logprob,
+                                            std::optional<Tensor> grad_logsumexp,
+                                            std::optional<Tensor> grad_entropy, Tensor hidden,
+                                            Tensor weight, Tensor kept_ids, Tensor kept_offsets,
+                                            Tensor logits, Tensor target_slot, Tensor logsumexp,
+                                            Tensor entropy, std::optional<Tensor> row_temperature,
+                                            double temperature, double logit_scale, double cap,
+                                            bool need_hidden, bool need_weight, bool need_bias) {
   check_inputs(hidden, weight, kept_ids, kept_offsets);
   const KeptSets kept(kept_ids, kept_offsets, weight.size(0));
   RLK_CHECK_DTYPE(logits, Float);
@@ -415,27 +512,29 @@ std::tuple<Tensor, Tensor> backward(std::optional<Tensor> grad_logprob,
   RLK_CHECK_DTYPE(target_slot, Long);
   RLK_CHECK_SIZE(target_slot, 0, kept.rows());
   RLK_CHECK_SIZE(logsumexp, 0, kept.rows());
-  if (grad_entropy.has_value()) RLK_CHECK_SIZE(entropy, 0, kept.rows());
+  RLK_CHECK_SIZE(entropy, 0, kept.rows());
   Tensor grad_hidden =
       torch::stable::new_empty(hidden, {need_hidden ? hidden.size(0) : 0, hidden.size(1)});
   Tensor grad_weight =
       torch::stable::new_empty(hidden, {need_weight ? weight.size(0) : 0, weight.size(1)});
+  Tensor grad_bias = torch::stable::new_empty(hidden, {need_bias ? weight.size(0) : 0});
   const Upstream upstream = {optional_data(grad_logprob), optional_data(grad_logsumexp),
                              optional_data(grad_entropy)};
   const std::unique_ptr<float[]> d(new float[kept.slots() + 1]);
   const std::unique_ptr<int64_t[]> row_of(new int64_t[kept.slots() + 1]);
   slot_gradients(upstream, kept, logits.const_data_ptr<float>(),
                  target_slot.const_data_ptr<int64_t>(), logsumexp.const_data_ptr<float>(),
-                 entropy.const_data_ptr<float>(), optional_data(row_temperature),
-                 static_cast<float>(temperature), d.get(), row_of.get());
+                 entropy.const_data_ptr<float>(),
+                 scaling_of(row_temperature, temperature, logit_scale, cap), d.get(), row_of.get());
   RLK_DISPATCH_FLOAT(hidden, T, {
     if (need_hidden)
       hidden_gradient(Matrix<T>(weight), kept, d.get(), grad_hidden.mutable_data_ptr<T>());
     if (need_weight)
       weight_gradient(Matrix<T>(hidden), weight.size(0), kept, d.get(), row_of.get(),
                       grad_weight.mutable_data_ptr<T>());
+    if (need_bias) bias_gradient(weight.size(0), kept, d.get(), grad_bias.mutable_data_ptr<T>());
   });
-  return {grad_hidden, grad_weight};
+  return {grad_hidden, grad_weight, grad_bias};
 }
 
 }  // namespace

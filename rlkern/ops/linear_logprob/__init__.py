@@ -71,20 +71,9 @@ def linear_logprob(
     Two runs give the same bits, with and without gradients. On CPU a row's result does not
     depend on the other rows, nor on the number of threads.
     """
-    _check.tensor(_OP, "hidden", hidden)
-    _check.tensor(_OP, "weight", weight)
-    _check.dtype(_OP, "hidden", hidden, _check.FLOATS)
-    _check.dtype(_OP, "weight", weight, (hidden.dtype,))
-    _check.ndim(_OP, "hidden", hidden, "(T, H)")
-    _check.ndim(_OP, "weight", weight, "(V, H)")
+    _logprob.check_head(_OP, hidden, weight, bias)
     vocab = weight.shape[0]
-    _check.shape(_OP, "weight", weight, (vocab, hidden.shape[1]), "(V, H)")
-    _check.same_device(_OP, "weight", weight, "hidden", hidden.device)
     if bias is not None:
-        _check.tensor(_OP, "bias", bias)
-        _check.dtype(_OP, "bias", bias, (hidden.dtype,))
-        _check.shape(_OP, "bias", bias, (vocab,), "(V,)")
-        _check.same_device(_OP, "bias", bias, "hidden", hidden.device)
         bias = bias.contiguous()
     size = _logprob.check_vocab_size(_OP, vocab_size, vocab)
     temperatures, scalar = _logprob.split_temperature(_OP, temperature, hidden, "hidden")

@@ -20,19 +20,25 @@ def sparse_linear_logprob(
     kept_ids: Tensor,
     kept_offsets: Tensor,
     *,
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     outputs: Sequence[str] = ("logprob",),
     ignore_index: int = -100,
+    logits_rounding: str | None = None,
 ) -> LogprobOutput:
     """Log-prob of each target among the tokens that its row kept (top-k, top-p, min-p replay).
 
         K = kept_ids[kept_offsets[t] : kept_offsets[t + 1]]
-        z = hidden[t] @ weight[K]^T / temperature
+        z = (hidden[t] @ weight[K]^T + bias[K]) / temperature    (logit_scale, softcap: see Args)
         logprob = z[target] - logsumexp(z);  entropy = -sum_j p_j log p_j,  p = softmax(z)
+        sum_sq_prob = sum_j p_j^2;  is_top1: no kept token has a larger z than the target
 
     Equivalent torch program, which reads the whole head and holds (T, V) tensors::
 
-        z = hidden.float() @ weight.float().T / temperature
+        z = (hidden.float() @ weight.float().T + bias.float()) / temperature
         logp = z.masked_fill(~kept, -inf).log_softmax(-1)     # kept: (T, V) bool
         logprob = logp.gather(-1, targets[:, None])[:, 0]
 
@@ -51,15 +57,27 @@ def sparse_linear_logprob(
         kept_offsets: (T + 1,) int64 or int32, from 0 to N, not decreasing. The values are checked
             on the CPU only; elsewhere, and under torch.compile, slots outside of all rows are
             ignored.
+        bias: (V,) in the same dtype, added to the products before anything else.
         temperature: a positive number, or a (T,) tensor of them; not differentiated.
-        outputs: which of "logprob", "entropy" (nats), "logsumexp" (of z) to return, all under the
-            kept set.
+        softcap: c > 0 replaces logits x by c tanh(x / c), before the temperature (Gemma 2).
+        logit_scale: a positive factor on the logits, before softcap (Cohere; Granite's
+            1 / logits_scaling).
+        vocab_size: how many entries of the vocabulary exist; the rest is padding, which may
+            hold anything, NaN included, and gets gradient 0. Kept ids among it are ignored, and
+            targets are out of range.
+        outputs: which of "logprob", "entropy" (nats), "logsumexp" (of z), "sum_sq_prob",
+            "is_top1" to return, all under the kept set.
         ignore_index: the target that marks a row without a token.
+        logits_rounding: "bf16" rounds product and bias, in one step, to bfloat16 before scale, soft
+            cap and temperature, as the 16-bit head of a rollout engine does. Gradients pass
+            straight through.
 
     Returns:
-        LogprobOutput of float32 (T,) tensors, None where not asked. All three are differentiable
-        with respect to hidden and weight; the gradient of weight is dense. A row that kept nothing
-        has logsumexp -inf, entropy 0, and log-prob NaN unless it is ignored.
+        LogprobOutput of float32 (T,) tensors, is_top1 bool; None where not asked. Log-prob, entropy
+        and logsumexp are differentiable with respect to hidden, weight and bias; the gradients of
+        weight and bias are dense. is_top1 is True where others tie with the target, and False where
+        the row is ignored, its target was not kept or its log-prob is NaN. A row that kept nothing
+        has logsumexp -inf, entropy and sum_sq_prob 0, and log-prob NaN unless it is ignored.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or name that does not fit.
@@ -67,14 +85,7 @@ def sparse_linear_logprob(
     Two runs give the same bits, with and without gradients, and with any number of threads. A row's
     result does not depend on the other rows.
     """
-    _check.tensor(_OP, "hidden", hidden)
-    _check.tensor(_OP, "weight", weight)
-    _check.dtype(_OP, "hidden", hidden, _check.FLOATS)
-    _check.dtype(_OP, "weight", weight, (hidden.dtype,))
-    _check.ndim(_OP, "hidden", hidden, "(T, H)")
-    _check.ndim(_OP, "weight", weight, "(V, H)")
-    _check.shape(_OP, "weight", weight, (weight.shape[0], hidden.shape[1]), "(V, H)")
-    _check.same_device(_OP, "weight", weight, "hidden", hidden.device)
+    _logprob.check_head(_OP, hidden, weight, bias)
     _logprob.check_rows(_OP, hidden, "hidden", targets)
     for name, value in (("kept_ids", kept_ids), ("kept_offsets", kept_offsets)):
         _check.tensor(_OP, name, value)
@@ -85,25 +96,39 @@ def sparse_linear_logprob(
     if kept_offsets.is_cpu and not torch.compiler.is_compiling():
         _check_bounds(kept_offsets, kept_ids.shape[0])
     _logprob.check_outputs(_OP, outputs)
+    size = _logprob.check_vocab_size(_OP, vocab_size, weight.shape[0])
     rows, scalar = _logprob.split_temperature(_OP, temperature, hidden, "hidden")
+    scalars = _logprob.scalars_of(_OP, scalar, logit_scale, softcap, ignore_index)
+    if size < weight.shape[0]:
+        weight = weight[:size]
+        bias = None if bias is None else bias[:size]
     if hidden.stride(-1) != 1:
         hidden = hidden.contiguous()
     if weight.stride(-1) != 1:
         weight = weight.contiguous()
-    differentiates = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    stats = SparseLinearLogprob.apply(
+    differentiates = torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    logprob, logsumexp, entropy, sum_sq_prob, is_top1 = SparseLinearLogprob.apply(
         hidden,
         weight,
+        None if bias is None else bias.contiguous(),
         targets.long().contiguous(),
         kept_ids.contiguous(),
         kept_offsets.long().contiguous(),
         rows,
-        scalar,
-        ignore_index,
-        "entropy" in outputs,
+        scalars,
+        _logprob.check_rounding(_OP, logits_rounding),
         differentiates,
     )
-    return _logprob.select(outputs, *stats)
+    found = {
+        "logprob": logprob,
+        "logsumexp": logsumexp,
+        "entropy": entropy,
+        "sum_sq_prob": sum_sq_prob,
+        "is_top1": is_top1,
+    }
+    return LogprobOutput(**{name: found[name] for name in outputs})
 
 
 def _check_bounds(kept_offsets: Tensor, slots: int) -> None:

@@ -1,4 +1,4 @@
-"""Inputs of `sparse_linear_logprob`: small, odd, everything kept, one kept, empty, peaked.
+"""Inputs of `sparse_linear_logprob`: small, odd, everything kept, one kept, empty, peaked, capped.
 
 None has a NaN as its result, since opcheck takes two NaNs for different.
 """
@@ -39,10 +39,19 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
         sizes: list[int],
         temperature: float = 1.0,
         rows: Tensor | None = None,
+        scale: float = 1.0,
+        cap: float = 0.0,
+        bias: Tensor | None = None,
+        rounded: bool = False,
     ) -> tuple:
         sets = kept_sets(len(hidden), len(weight), sizes, random)
         moved = (tensor.to(device) for tensor in sets)
-        return hidden, weight, *moved, rows, temperature, IGNORE, True, True
+        scalars = (temperature, scale, cap, IGNORE)
+        return hidden, weight, bias, *moved, rows, *scalars, rounded, True
+
+    def halves(*shape: int) -> Tensor:
+        """Sums of their products are exact, and no kernel rounds them to another side."""
+        return (torch.randint(-8, 9, shape, generator=random) / 2).to(device, dtype)
 
     yield "plain", case(normal(5, 16), normal(40, 16), [7, 3, 12, 1, 20])
     yield "odd sizes", case(normal(6, 13), normal(51, 13), [1, 2, 3, 4, 5, 33], 0.7)
@@ -62,35 +71,42 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
     hidden, weight = normal(4, 64), normal(120, 64)
     weight[17] = hidden[0] * 40 / hidden[0].square().sum()
     yield "peaked", case(hidden, weight, [120, 30, 4, 100])
-    hidden, weight, targets, ids, *rest = case(normal(6, 16), normal(48, 16), [9] * 6)
+    hidden, weight, bias, targets, ids, *rest = case(normal(6, 16), normal(48, 16), [9] * 6)
     targets[::2] = IGNORE
-    yield "ignored rows, int32", (hidden, weight, targets, ids.int(), *rest)
-    hidden, weight, targets, ids, *rest = case(normal(4, 16), normal(48, 16), [9] * 4)
+    yield "ignored rows, int32", (hidden, weight, bias, targets, ids.int(), *rest)
+    hidden, weight, bias, targets, ids, *rest = case(normal(4, 16), normal(48, 16), [9] * 4)
     ids[::4] = torch.tensor([-1, 48, 2**40, -(2**50), 49, -7, 48, 100, 1000]).to(device)
     targets[:] = ids.view(4, 9)[:, 1:3].amax(1).clamp(0, 47)
-    yield "ids out of range", (hidden, weight, targets, ids, *rest)
-    hidden, weight, targets, ids, *rest = case(normal(4, 16), normal(48, 16), [9] * 4)
+    yield "ids out of range", (hidden, weight, bias, targets, ids, *rest)
+    hidden, weight, bias, targets, ids, *rest = case(normal(4, 16), normal(48, 16), [9] * 4)
     targets[1] = next(i for i in range(48) if i not in ids.view(4, 9)[1].tolist())
-    yield "a target that was not kept", (hidden, weight, targets, ids, *rest)
+    yield "a target that was not kept", (hidden, weight, bias, targets, ids, *rest)
     strided = normal(7, 40)[::2, :25], normal(90, 50)[::3, :25]
     yield "rows with a gap", case(*strided, [4, 30, 1, 17])
     # few tokens of the vocabulary, kept by every row
     yield "shared sets", case(normal(40, 24), normal(9, 24), [6] * 40)
-    args = case(normal(4, 16), normal(90, 16), [5, 60, 2, 8], 0.9)
-    yield "no entropy", (*args[:8], False, True)
+    bias = normal(60, scale=3.0)
+    yield "bias", case(normal(4, 20), normal(60, 20), [12, 60, 1, 33], 0.8, bias=bias)
+    bias = normal(60)
+    bias[::2] = float("-inf")
+    args = case(normal(4, 16), normal(60, 16), [30, 60, 9, 44], bias=bias)
+    args[3].bitwise_or_(1)
+    yield "a bias of -inf", args
+    yield "scaled", case(normal(4, 16), normal(90, 16), [5, 60, 2, 8], 0.9, None, 0.25)
+    hidden, bias = normal(5, 16, scale=3.0), normal(90)
+    yield "soft cap", case(hidden, normal(90, 16), [5, 60, 2, 90, 8], 0.8, None, 1.5, 10.0, bias)
+    options = (1.0, temperatures[:4], 0.25, 7.0, halves(60), True)
+    yield "rounded", case(halves(4, 40), halves(60, 40), [5, 57, 2, 30], *options)
 
 
 def backward_inputs(args: tuple, outputs: tuple, seed: int = 1) -> tuple:
     """Arguments of backward for random upstream gradients of either sign."""
-    hidden, weight, _, kept_ids, kept_offsets, rows, temperature, *_ = args
-    logprob, logsumexp, entropy, logits, target_slot = outputs
+    hidden, weight, bias, _, kept_ids, kept_offsets, rows, *scalars, _, _, _ = args
+    logprob, logsumexp, entropy, _, _, logits, target_slot = outputs
     random = torch.Generator().manual_seed(seed)
-    grads = [
-        torch.randn(logprob.shape, generator=random).to(logprob) if wanted else None
-        for wanted in (True, True, entropy.numel() > 0 or logprob.numel() == 0)
-    ]
-    saved = (kept_ids, kept_offsets, logits, target_slot, logsumexp, entropy, rows, temperature)
-    return (*grads, hidden, weight, *saved, True, True)
+    grads = [torch.randn(logprob.shape, generator=random).to(logprob) for _ in range(3)]
+    saved = (kept_ids, kept_offsets, logits, target_slot, logsumexp, entropy, rows, *scalars)
+    return (*grads, hidden, weight, *saved, True, True, bias is not None)
 
 
 def bytes_and_flops(slots: int, rows: int, hidden: int, itemsize: int) -> tuple[int, int]:

@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkern.ops._triton import clamped, exp_below, finite, gradient_constants, inverse
+from rlkern.ops._triton import (
+    clamped,
+    exp_below,
+    finite,
+    gradient_constants,
+    inverse,
+    rounded,
+    softcap_slope,
+    softcapped,
+)
 
 # Slots and columns of a tile, and warps: 64 float32 sums a thread, 512 bytes of each 16-bit row.
 # Rows that do not start at multiples of 16 elements are read element by element, each with an
@@ -41,6 +50,7 @@ def _kept(kept_ids, slot, end, vocab):
 def _forward_kernel(
     hidden,
     weight,
+    bias,
     targets,
     kept_ids,
     kept_offsets,
@@ -48,6 +58,8 @@ def _forward_kernel(
     logprob,
     logsumexp,
     entropy,
+    sum_sq_prob,
+    is_top1,
     logits,
     target_slot,
     vocab,
@@ -56,8 +68,11 @@ def _forward_kernel(
     stride_hidden,
     stride_weight,
     temperature,
+    logit_scale,
+    softcap,
     ignore_index,
-    WANT_ENTROPY: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ROUND: tl.constexpr,
     WANT_LOGITS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -65,10 +80,11 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     begin, end = _range(kept_offsets, row, slots)
     target = tl.load(targets + row)
-    inv = inverse(row_temperature, row, temperature, 1.0, False)
+    inv = inverse(row_temperature, row, temperature, logit_scale, HAS_CAP)
     top = tl.full((), float("-inf"), tl.float32)
     total = tl.zeros((), tl.float32)
     dot = tl.zeros((), tl.float32)
+    squares = tl.zeros((), tl.float32)
     target_logit = tl.zeros((), tl.float32)
     hit = tl.full((), -1, tl.int64)
     number = tl.zeros((), tl.int32)
@@ -84,9 +100,16 @@ def _forward_kernel(
             inside = counts[:, None] & (k < depth)[None, :]
             w = tl.load(kept_rows + k[None, :], mask=inside, other=0.0).to(tl.float32)
             acc += w * h[None, :]
-        x = tl.where(counts, tl.sum(acc, 1), float("-inf"))
+        x = tl.sum(acc, 1)
+        if bias is not None:
+            x += tl.load(bias + ids, mask=counts, other=0.0).to(tl.float32)
+        if ROUND:
+            x = rounded(x, tl.bfloat16).to(tl.float32)
+        x = tl.where(counts, x, float("-inf"))
         if WANT_LOGITS:
             tl.store(logits + slot, x, mask=slot < end)
+        if HAS_CAP:
+            x = tl.where(counts, softcapped(x, logit_scale, softcap), float("-inf"))
         # the first slot that holds the target; N is past the last
         match = tl.min(tl.where(counts & (ids == target), slot, slots), 0)
         is_first = (match < slots) & (hit < 0)
@@ -101,6 +124,7 @@ def _forward_kernel(
         e = tl.where(counts, e, 0.0)
         dot = scale * (dot + total * shift) + tl.sum(e * d, 0)
         total = scale * total + tl.sum(e, 0)
+        squares = scale * scale * squares + tl.sum(e * e, 0)
         top = new_top
     log_sum = tl.log(total)
     value = (target_logit - top) * inv - log_sum
@@ -109,9 +133,12 @@ def _forward_kernel(
     value = tl.where(hit >= 0, value, other)
     ignored = target == ignore_index
     tl.store(logprob + row, tl.where(ignored, 0.0, value))
+    # a NaN equals nothing
+    is_first = (hit >= 0) & (target_logit >= top) & (value == value) & (target != ignore_index)
+    tl.store(is_top1 + row, is_first)
     tl.store(logsumexp + row, tl.where(number > 0, top * inv + log_sum, float("-inf")))
-    if WANT_ENTROPY:
-        tl.store(entropy + row, tl.where(number > 0, log_sum - dot / total, 0.0))
+    tl.store(entropy + row, tl.where(number > 0, log_sum - dot / total, 0.0))
+    tl.store(sum_sq_prob + row, tl.where(number > 0, squares / (total * total), 0.0))
     if WANT_LOGITS:
         tl.store(target_slot + row, tl.where(ignored, -1, hit))
 
@@ -134,6 +161,9 @@ def _slot_gradient_kernel(
     vocab,
     slots,
     temperature,
+    logit_scale,
+    softcap,
+    HAS_CAP: tl.constexpr,
     WANT_KEY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -141,7 +171,7 @@ def _slot_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     begin, end = _range(kept_offsets, row, slots)
     hit = tl.load(target_slot + row)
-    inv = inverse(row_temperature, row, temperature, 1.0, False)
+    inv = inverse(row_temperature, row, temperature, logit_scale, HAS_CAP)
     a = 0.0
     if grad_logprob is not None:
         # a log-prob of a target that was not kept is a constant
@@ -151,10 +181,17 @@ def _slot_gradient_kernel(
     for start in range(begin, end, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         ids, counts = _kept(kept_ids, slot, end, vocab)
-        x = tl.load(logits + slot, mask=counts, other=0.0)
-        log_p = clamped(x * inv - lse)
-        value = tl.exp(log_p) * (constant - b * log_p) + tl.where(slot == hit, a, 0.0)
-        tl.store(d + slot, tl.where(counts, value * inv, 0.0), mask=slot < end)
+        x = tl.load(logits + slot, mask=counts, other=float("-inf"))
+        y = x
+        if HAS_CAP:
+            y = softcapped(x, logit_scale, softcap)
+        log_p = clamped(y * inv - lse)
+        # a logit of -inf has p = 0, also in a row that has no other
+        value = tl.where(x == float("-inf"), 0.0, tl.exp(log_p) * (constant - b * log_p))
+        value = (value + tl.where(slot == hit, a, 0.0)) * inv
+        if HAS_CAP:
+            value *= softcap_slope(y, logit_scale, softcap)
+        tl.store(d + slot, tl.where(counts, value, 0.0), mask=slot < end)
         if WANT_KEY:
             tl.store(key + slot, tl.where(counts, ids, vocab), mask=slot < end)
             tl.store(row_of + slot, tl.zeros_like(ids) + row, mask=slot < end)
@@ -222,28 +259,48 @@ def _weight_gradient_kernel(
     tl.store(grad_weight + token_id * depth + k, total, mask=k < depth)
 
 
+@triton.jit
+def _bias_gradient_kernel(d, order, starts, grad_bias, BLOCK: tl.constexpr):
+    """One token id: the sum of d over the slots that hold it."""
+    token_id = tl.program_id(0).to(tl.int64)
+    begin = tl.load(starts + token_id)
+    end = tl.load(starts + token_id + 1)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        slot = tl.load(order + at, mask=at < end, other=0)
+        acc += tl.load(d + slot, mask=at < end, other=0.0)
+    tl.store(grad_bias + token_id, tl.sum(acc, 0).to(grad_bias.dtype.element_ty))
+
+
 def forward(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
     kept_ids: Tensor,
     kept_offsets: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    softcap: float,
     ignore_index: int,
-    want_entropy: bool,
+    round_logits: bool,
     want_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (rows, depth), slots = hidden.shape, kept_ids.shape[0]
     logprob = hidden.new_empty((rows,), dtype=torch.float32)
     logsumexp = hidden.new_empty((rows,), dtype=torch.float32)
-    entropy = hidden.new_empty((rows if want_entropy else 0,), dtype=torch.float32)
+    entropy = hidden.new_empty((rows,), dtype=torch.float32)
+    sum_sq_prob = hidden.new_empty((rows,), dtype=torch.float32)
+    is_top1 = hidden.new_empty((rows,), dtype=torch.bool)
     logits = hidden.new_empty((slots if want_logits else 0,), dtype=torch.float32)
     target_slot = targets.new_empty((rows if want_logits else 0,), dtype=torch.int64)
     if rows:
         _forward_kernel[(rows,)](
             hidden,
             weight,
+            bias,
             targets,
             kept_ids,
             kept_offsets,
@@ -251,6 +308,8 @@ def forward(
             logprob,
             logsumexp,
             entropy,
+            sum_sq_prob,
+            is_top1,
             logits,
             target_slot,
             weight.shape[0],
@@ -259,12 +318,15 @@ def forward(
             hidden.stride(0),
             weight.stride(0),
             temperature,
+            logit_scale,
+            softcap,
             ignore_index,
-            WANT_ENTROPY=want_entropy,
+            HAS_CAP=softcap > 0,
+            ROUND=round_logits,
             WANT_LOGITS=want_logits,
             **_tile(weight),
         )
-    return logprob, logsumexp, entropy, logits, target_slot
+    return logprob, logsumexp, entropy, sum_sq_prob, is_top1, logits, target_slot
 
 
 def backward(
@@ -281,17 +343,22 @@ def backward(
     entropy: Tensor,
     row_temperature: Tensor | None,
     temperature: float,
+    logit_scale: float,
+    softcap: float,
     need_hidden: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor]:
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     (rows, depth), vocab, slots = hidden.shape, weight.shape[0], kept_ids.shape[0]
     grad_hidden = hidden.new_empty((rows if need_hidden else 0, depth))
     grad_weight = weight.new_empty((vocab if need_weight else 0, depth))
-    if slots == 0 or rows == 0 or depth == 0:
-        return grad_hidden.zero_(), grad_weight.zero_()
+    grad_bias = weight.new_empty((vocab if need_bias else 0,))
+    if slots == 0 or rows == 0:
+        return grad_hidden.zero_(), grad_weight.zero_(), grad_bias.zero_()
+    by_id = need_weight or need_bias
     d = hidden.new_empty((slots,), dtype=torch.float32)
     # slots of no row sort behind the last id
-    key = torch.full((slots if need_weight else 0,), vocab, device=hidden.device)
+    key = torch.full((slots if by_id else 0,), vocab, device=hidden.device)
     row_of = torch.empty_like(key)
     _slot_gradient_kernel[(rows,)](
         grad_logprob,
@@ -310,11 +377,14 @@ def backward(
         vocab,
         slots,
         temperature,
-        WANT_KEY=need_weight,
+        logit_scale,
+        softcap,
+        HAS_CAP=softcap > 0,
+        WANT_KEY=by_id,
         BLOCK=BLOCK_SLOTS,
         num_warps=1,
     )
-    if need_hidden:
+    if need_hidden and depth:
         tile = _tile(weight)
         _hidden_gradient_kernel[(rows, triton.cdiv(depth, tile["BLOCK_H"]))](
             weight,
@@ -328,9 +398,10 @@ def backward(
             weight.stride(0),
             **tile,
         )
-    if need_weight and vocab:
+    if by_id and vocab:
         in_order, order = torch.sort(key, stable=True)
         starts = torch.searchsorted(in_order, torch.arange(vocab + 1, device=key.device))
+    if need_weight and vocab and depth:
         tile = _tile(hidden)
         _weight_gradient_kernel[(vocab, triton.cdiv(depth, tile["BLOCK_H"]))](
             hidden,
@@ -343,7 +414,9 @@ def backward(
             hidden.stride(0),
             **tile,
         )
-    return grad_hidden, grad_weight
+    if need_bias and vocab:
+        _bias_gradient_kernel[(vocab,)](d, order, starts, grad_bias, BLOCK=BLOCK_SLOTS, num_warps=1)
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _tile(matrix: Tensor) -> dict[str, int]:
