@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from rlkern import _check
 from rlkern.ops import _logprob
 from rlkern.ops._logprob import LogprobOutput, Scalars, Stats
 from rlkern.ops.linear_logprob.op import LinearLogprob
+from rlkern.ops.linear_logprob.vocab_parallel import VocabParallel
 
 _OP = "linear_logprob"
 
@@ -30,6 +32,7 @@ def linear_logprob(
     logits_rounding: str | None = None,
     batch_invariant: bool = False,
     chunk_size: int | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> LogprobOutput:
     """Log-prob of each target under softmax((hidden @ weight^T + bias) / temperature), and more.
 
@@ -60,22 +63,39 @@ def linear_logprob(
             they always have; on CUDA this takes matmuls of a fixed order.
         chunk_size: how many entries of the vocabulary have their logits in memory at a time, on
             CUDA; None leaves it to the kernel.
+        tp_group: the ranks among which the vocabulary is cut, as Megatron cuts it. Rank r passes
+            rows [r V, (r + 1) V) of weight, bias and vocab_mask, V being the same on all ranks, and
+            everything else in full: hidden, temperature, and targets, ids and vocab_size that
+            count over all ranks. All ranks must call, and run the backward, alike.
 
     Returns:
         LogprobOutput, as `logprob_from_logits`; differentiable with respect to hidden, weight and
-        bias.
+        bias. With tp_group every rank gets the same bits, and so should the upstream gradients
+        be: the gradient of hidden is then complete on every rank, those of weight and bias are
+        of the rank's own rows.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or name that does not fit.
 
     Two runs give the same bits, with and without gradients. On CPU a row's result does not
     depend on the other rows, nor on the number of threads.
+
+    With tp_group the forward takes one all-gather of 5 + K + 2 topk numbers a row, the backward one
+    all-reduce of the gradient of hidden in float32, where hidden needs one; each rank's part of
+    it has been rounded to hidden's dtype once. Tokens of different ranks whose logits are equal but
+    for rounding may stand in either order in the top k, and count as equal or not for is_top1.
     """
     _logprob.check_head(_OP, hidden, weight, bias)
     vocab = weight.shape[0]
     if bias is not None:
         bias = bias.contiguous()
-    size = _logprob.check_vocab_size(_OP, vocab_size, vocab)
+    parallel, ranks = None, 1
+    if tp_group is not None:
+        if not isinstance(tp_group, ProcessGroup):
+            kind = type(tp_group).__name__
+            raise TypeError(f"{_OP}: expected tp_group to be a ProcessGroup, got {kind}")
+        parallel, ranks = VocabParallel(tp_group, "is_top1" in outputs), tp_group.size()
+    size = _logprob.check_vocab_size(_OP, vocab_size, vocab * ranks)
     temperatures, scalar = _logprob.split_temperature(_OP, temperature, hidden, "hidden")
     rows = _logprob.rows_of(_OP, hidden, "hidden", targets, ids, vocab_mask, vocab, temperatures)
     topk = _logprob.check_topk(_OP, topk, size)
@@ -92,5 +112,5 @@ def linear_logprob(
     if weight.stride(-1) != 1:
         weight = weight.contiguous()
     how = (batch_invariant, int(chunk_size or 0))
-    stats = LinearLogprob.apply(hidden, weight, bias, *rows, scalars, topk, how)
+    stats = LinearLogprob.apply(hidden, weight, bias, *rows, scalars, topk, how, parallel)
     return _logprob.select(outputs, ids, topk, Stats(*stats))

@@ -1,5 +1,7 @@
 """Schemas, fakes, autograd and owners of `linear_logprob`."""
 
+from functools import partial
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -43,15 +45,20 @@ class LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, *rest):
-        """rest: *Rows, Scalars, topk, (batch_invariant, chunk_size); returns Stats."""
-        rows, (scalars, topk, how) = Rows(*rest[:4]), rest[4:]
+        """rest: *Rows, Scalars, topk, (batch_invariant, chunk_size), VocabParallel or None.
+
+        Returns Stats.
+        """
+        rows, (scalars, topk, how, parallel) = Rows(*rest[:4]), rest[4:]
         # float64 is for checking formulas: the reference alone computes in it
         double = hidden.dtype == torch.float64
         run = reference.forward if double else torch.ops.rlkern.linear_logprob_fwd
+        if parallel is not None:
+            run = partial(parallel.forward, run)
         stats = Stats(*run(hidden, weight, bias, *rows, *scalars, topk, *how))
         saved = (*rows, stats.logsumexp, stats.entropy, stats.topk_ids)
         ctx.save_for_backward(hidden, weight, bias, *saved)
-        ctx.scalars, ctx.how = scalars, how
+        ctx.scalars, ctx.how, ctx.parallel = scalars, how, parallel
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(stats[i] for i in Stats.CONSTANTS))
         return tuple(stats)
@@ -66,6 +73,8 @@ class LinearLogprob(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         double = hidden.dtype == torch.float64
         run = reference.backward if double else torch.ops.rlkern.linear_logprob_bwd
+        if ctx.parallel is not None:
+            run = partial(ctx.parallel.backward, run)
         saved = (*rows._replace(ids=ids), logsumexp, entropy, *ctx.scalars, *ctx.how)
         found = run(*grads, hidden, weight, bias, *saved, *needs)
-        return *(g if need else None for g, need in zip(found, needs)), *(None,) * 7
+        return *(g if need else None for g, need in zip(found, needs)), *(None,) * 8
