@@ -358,6 +358,7 @@ def plot_memory(path: Path, saved: dict) -> None:
     plt = _pyplot()
     series = _series(saved)
     panels = list(dict.fromkeys(passes for passes, _ in series))
+    vocabs = list(dict.fromkeys(row["vocab"] for row in saved["rows"]))
     others = [v for v in dict.fromkeys(variant for _, variant in series) if v != OURS]
     colours = {OURS: "#c2410c"} | dict(zip(others, ("#94a3b8", "#334155", "#0f766e", "#7c3aed")))
     figure, axes = plt.subplots(
@@ -367,11 +368,11 @@ def plot_memory(path: Path, saved: dict) -> None:
         for (passes, variant), scratch in series.items():
             if passes == panel:
                 mebibytes = [size / 2**20 for size in scratch.values()]
-                axis.plot(scratch, mebibytes, "o-", color=colours[variant], label=variant)
+                axis.plot(list(scratch), mebibytes, "o-", color=colours[variant], label=variant)
         axis.set_xscale("log", base=2)
         # a variant may need nothing at all
         axis.set_yscale("symlog", linthresh=1)
-        axis.set_xticks(list(scratch), [f"{vocab // 1024}k" for vocab in scratch], fontsize=8)
+        axis.set_xticks(vocabs, [f"{vocab // 1024}k" for vocab in vocabs], fontsize=8)
         axis.set_title(panel, fontsize=9, loc="left")
         axis.set_xlabel("vocabulary", fontsize=8)
         axis.tick_params(labelsize=8)
