@@ -8,7 +8,7 @@ An op whose tests are red is not timed.
 import io
 import json
 import os
-import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -18,6 +18,7 @@ import pytest
 
 from bench import harness
 from bench.machine import machine
+from bench.oracles import versions
 
 ROOT = Path(__file__).parents[1]
 _MEASURED: dict[tuple, harness.Measured] = {}
@@ -103,7 +104,7 @@ def race(request, benchmark):
             budget = request.config.getoption("bench_seconds")
             _MEASURED[key] = harness.measure(problem, case, budget)
         measured = _MEASURED[key]
-        seconds = measured.seconds.get(variant, harness.Failure("not installed"))
+        seconds = measured.seconds.get(variant, harness.Failure("not installed, or left out here"))
         if isinstance(seconds, harness.Failure):
             pytest.skip(f"{variant}: {seconds.reason}")
         benchmark.group = f"{op} {case}"
@@ -156,6 +157,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         _fill_limit(entry["extra_info"])
     commit = output_json.get("commit_info") or {}
     output_json["commit_info"] = {key: commit.get(key) for key in ("id", "dirty")}
+    output_json["versions"] = versions()
     output_json["command"] = _command(config)
     folder = config.getoption("bench_results")
     if not folder:
@@ -179,12 +181,12 @@ def _fill_limit(info: dict) -> None:
 
 
 def _command(config) -> str:
-    """The command line, without where its results went."""
-    args = [str(a) for a in config.invocation_params.args]
-    kept, skip = [], False
-    for arg in args:
-        if skip or re.match(r"--(bench-results|benchmark-json|bench-green|bench-machine)", arg):
-            skip = not skip and "=" not in arg
-            continue
-        kept.append(os.path.relpath(arg, ROOT) if os.path.isabs(arg) else arg)
-    return "python -m pytest " + " ".join(kept)
+    """The whole command line; paths from the repository's root, those outside by name alone."""
+    kept = []
+    for arg in map(str, config.invocation_params.args):
+        option, equals, value = arg.partition("=") if arg[:2] == "--" else ("", "", arg)
+        if os.path.isabs(value):
+            path = Path(value)
+            value = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        kept.append(option + equals + value)
+    return shlex.join(["python", "-m", "pytest", *kept])

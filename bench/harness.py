@@ -26,10 +26,15 @@ import torch
 ROOT = Path(__file__).parents[1]
 MIN_ROUNDS, MAX_ROUNDS = 7, 300
 WARMUP_ROUNDS = 2
+# Where the limit itself takes longer, a case would take an hour: one call to warm up, fewer rounds,
+# and fewer still for a variant so far from the limit that a spread of some per cent says nothing.
+LONG_SECONDS = 0.5
+LONG_ROUNDS, FAR_ROUNDS = 3, 2
+FAR = 2.0
 # A round of a variant lasts about this long, by calling a short one several times.
 ROUND_SECONDS = 2e-3
 FLUSH_BYTES = 256 * 2**20  # five times the last-level cache of an H200
-LIMIT = "limit"
+LIMIT, OURS = "limit", "rlkern"
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Problem(NamedTuple):
     """What the shape's name stands for."""
     limit_bytes: int | None = None
     """Bytes read plus bytes written: makes the harness add a copy that moves as many."""
+    memory_of: frozenset[str] | None = None
+    """The variants whose peak memory is measured where the case asks for it; None: of all."""
 
 
 def grid(cases: Iterable[Case], variants: Iterable[str]) -> list:
@@ -75,7 +82,9 @@ def build(problem: Callable[[Case, str], Problem], case: Case) -> Problem:
     torch._dynamo.reset()
     made = problem(case, device())
     if made.limit_bytes is not None:
-        made.variants[LIMIT] = copy_of(made.limit_bytes, device())
+        copy = copy_of(made.limit_bytes, device())
+        # first: how long it takes decides how often all are called
+        made = made._replace(variants={LIMIT: copy, **made.variants})
     return made
 
 
@@ -110,34 +119,43 @@ class Measured(NamedTuple):
 
 
 def measure(problem: Callable[[Case, str], Problem], case: Case, budget_s: float) -> Measured:
-    """Every variant once to warm up (a peer may fail there), then in turns until budget_s."""
+    """Every variant to warm up (a peer may fail there), then in turns until budget_s."""
     made = build(problem, case)
     time_once = _time_cuda if device() == "cuda" else _time_cpu
     calls: dict[str, int] = {}
     seconds: dict[str, list[float] | Failure] = {}
+    long = False
     for name, function in made.variants.items():
         try:
             for _ in range(WARMUP_ROUNDS):
                 once = time_once(function, 1)
+                long = long or (name == LIMIT and once > LONG_SECONDS)
+                if long:
+                    break
         except Exception as error:  # a peer that runs out of memory must not stop the others
-            if name in ("rlkern", LIMIT):
+            if name in (OURS, LIMIT):
                 raise
-            seconds[name] = Failure(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            seconds[name] = Failure(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             continue
         calls[name] = max(1, min(1000, int(ROUND_SECONDS / max(once, 1e-7))))
         seconds[name] = []
     start = time.perf_counter()
     for rounds in range(MAX_ROUNDS):
-        if rounds >= MIN_ROUNDS and time.perf_counter() - start > budget_s:
+        # the very first call may have been slow for other reasons
+        long = long and min(seconds[LIMIT], default=LONG_SECONDS) >= LONG_SECONDS
+        enough = rounds >= (LONG_ROUNDS if long else MIN_ROUNDS)
+        if enough and time.perf_counter() - start > budget_s:
             break
         for name, count in calls.items():
+            if long and rounds >= FAR_ROUNDS and min(seconds[name]) > FAR * min(seconds[LIMIT]):
+                continue
             seconds[name].append(time_once(made.variants[name], count))
     peak = {}
     if case.memory:
-        for name in calls:
+        for name in calls if made.memory_of is None else made.memory_of & calls.keys():
             cuda = device() == "cuda"
             peak[name] = (
-                _peak_cuda(made.variants[name]) if cuda else _peak_apart(problem, case, name)
+                _peak_cuda(made.variants[name]) if cuda else peak_apart(problem, case, name)
             )
     return Measured(seconds, peak, made._replace(variants={}))
 
@@ -177,7 +195,8 @@ def _peak_cuda(function: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _peak_apart(problem: Callable[[Case, str], Problem], case: Case, variant: str) -> int:
+def peak_apart(problem: Callable[[Case, str], Problem], case: Case, variant: str) -> int:
+    """Peak growth of the resident memory of a process that does nothing else, in bytes."""
     request = json.dumps({"module": problem.__module__, "case": asdict(case), "variant": variant})
     run = subprocess.run(
         [sys.executable, "-m", "bench.memory", request],

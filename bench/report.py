@@ -4,7 +4,7 @@
     python -m bench.report --check    # exit 1 if a table is not what the JSON says
 
 A table stands between `<!-- bench:begin OP -->` and `<!-- bench:end -->`; what is between is ours.
-OP is also the name of another file there, such as `error_table`.
+OP is also the name of another file there, such as `error_table`; `summary` is every op in a line.
 Times are medians of rounds in which all variants took turns, given as multiples of the limit and
 of rlkern; absolute times are shown for a named GPU alone.
 """
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +80,8 @@ def load(path: Path) -> Result:
 
 def markdown(name: str, document: Path) -> str:
     """The text between the markers of `name` in `document`: one part a machine."""
+    if name == "summary":
+        return _summary(document)
     parts = []
     for path in sorted(RESULTS.glob(f"*/{name}.json")):
         saved = json.loads(path.read_text())
@@ -88,6 +91,8 @@ def markdown(name: str, document: Path) -> str:
             parts.append(_errors(path, saved, document))
         elif saved.get("kind") == "parity":
             parts.append(_parity(path, saved, document))
+        elif saved.get("kind") == "memory":
+            parts.append(_memory(path, saved, document))
         elif saved.get("kind") == "demo":
             parts.append(_demo(path, saved, document))
         elif saved.get("kind") == "kernel_resources":
@@ -108,6 +113,66 @@ def _errors(path: Path, saved: dict, document: Path) -> str:
         lines.append(_line(cells))
     sizes = ", ".join(f"{key} {value}" for key, value in saved["shape"].items())
     return "\n".join([*lines, "", f"Shape: {sizes}.", ""])
+
+
+def _memory(path: Path, saved: dict, document: Path) -> str:
+    """Scratch memory of each variant, a column a vocabulary; then the plot."""
+    vocabs = list(dict.fromkeys(row["vocab"] for row in saved["rows"]))
+    lines = [_source(path, saved, document), ""]
+    lines += _head(["pass", "variant", *(f"vocab {vocab:,}" for vocab in vocabs)])
+    for (passes, variant), scratch in _series(saved).items():
+        name = f"**{OURS}**" if variant == OURS else variant
+        lines.append(_line([passes, name, *(_mebibytes(scratch.get(v)) for v in vocabs)]))
+    sizes = ", ".join(f"{key} {value}" for key, value in saved["shape"].items())
+    lines += ["", f"Shape: {sizes}.", ""]
+    image = _image(path, saved["machine_info"])
+    if image.exists():
+        alt = f"Extra memory over the vocabulary on {saved['machine_info']['name']}"
+        lines += [f"![{alt}]({os.path.relpath(image, document.parent)})", ""]
+    return "\n".join(lines)
+
+
+def _series(saved: dict) -> dict[tuple[str, str], dict[int, int]]:
+    """Scratch bytes by vocabulary, of every pass and variant."""
+    series: dict[tuple[str, str], dict[int, int]] = {}
+    for row in saved["rows"]:
+        of_variant = series.setdefault((row["pass"], row["variant"]), {})
+        of_variant[row["vocab"]] = row["scratch_bytes"]
+    return series
+
+
+def _summary(document: Path) -> str:
+    """Each op and pass in a line: from the best of its cases to the worst."""
+    head = ["op", "pass", "dtype", "limit", "time / limit", "eager / rlkern", "extra memory"]
+    head.append("eager's")
+    parts = []
+    for folder in sorted(RESULTS.glob("*/")):
+        results = [load(p) for p in sorted(folder.glob("*.json")) if _is_bench(p)]
+        lines = []
+        for result in results:
+            rows = [r for r in result.rows if r.green and r.limit_seconds]
+            for passes, dtype, limit in dict.fromkeys((r.passes, r.dtype, r.limit) for r in rows):
+                mine = [r for r in rows if (r.passes, r.dtype, r.limit) == (passes, dtype, limit)]
+                ours = {r.case: r for r in mine if r.variant == OURS}
+                eager = [r for r in mine if r.variant == "eager" and r.case in ours]
+                figures = (
+                    _range([r.seconds / r.limit_seconds for r in ours.values()], _times),
+                    _range([r.seconds / ours[r.case].seconds for r in eager], _times),
+                    _range([r.peak_bytes for r in ours.values()], _mebibytes),
+                    _range([r.peak_bytes for r in eager], _mebibytes),
+                )
+                link = os.path.relpath(ROOT / f"docs/ops/{result.op}.md", document.parent)
+                lines.append(_line([f"[{result.op}]({link})", passes, dtype, limit, *figures]))
+        if lines:
+            parts.append("\n".join([f"**{folder.name}**", "", *_head(head), *lines, ""]))
+    return "\n".join(parts) if parts else "Not measured yet.\n"
+
+
+def _range(values: list, show: Callable) -> str:
+    shown = [show(value) for value in sorted(v for v in values if v is not None)]
+    if not shown:
+        return NO_RATIO
+    return shown[0] if shown[0] == shown[-1] else f"{shown[0]} – {shown[-1]}"
 
 
 def _parity(path: Path, saved: dict, document: Path) -> str:
@@ -205,7 +270,7 @@ def _section(result: Result, document: Path) -> str:
         lines += ["Shapes: " + "; ".join(named) + ".", ""]
     if not all(r.green for r in result.rows):
         lines += ["Ratios are withheld where the op's tests were not run before the bench.", ""]
-    image = _image(result)
+    image = _image(result.path, result.machine)
     if image.exists():
         alt = f"{result.op} on {result.machine['name']}: time over the limit"
         lines += [f"![{alt}]({os.path.relpath(image, document.parent)})", ""]
@@ -240,9 +305,10 @@ def _table(result: Result) -> list[str]:
 
 
 def _ratio(seconds: float, base: float | None, green: bool) -> str:
-    if base is None or not green:
-        return NO_RATIO
-    ratio = seconds / base
+    return NO_RATIO if base is None or not green else _times(seconds / base)
+
+
+def _times(ratio: float) -> str:
     return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:,.0f}×"
 
 
@@ -250,15 +316,15 @@ def _mebibytes(num_bytes: int | None) -> str:
     return NO_RATIO if num_bytes is None else f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def _image(result: Result) -> Path:
-    return IMAGES / f"{result.machine['name']}-{result.op}.svg"
+def _is_bench(path: Path) -> bool:
+    return "benchmarks" in json.loads(path.read_text())
 
 
-def plot(result: Result) -> None:
-    """Bars of time over the limit, a panel a case."""
-    rows = [r for r in result.rows if r.variant != LIMIT and r.limit_seconds and r.green]
-    if not rows:
-        return
+def _image(path: Path, machine: dict) -> Path:
+    return IMAGES / f"{machine['name']}-{path.stem}.svg"
+
+
+def _pyplot():
     import matplotlib
 
     matplotlib.use("svg")
@@ -266,6 +332,21 @@ def plot(result: Result) -> None:
 
     # the same bytes for the same numbers
     plt.rcParams["svg.hashsalt"] = "rlkern"
+    return plt
+
+
+def _save(figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    _pyplot().close(figure)
+
+
+def plot(result: Result) -> None:
+    """Bars of time over the limit, a panel a case."""
+    rows = [r for r in result.rows if r.variant != LIMIT and r.limit_seconds and r.green]
+    if not rows:
+        return
+    plt = _pyplot()
     cases = list(dict.fromkeys(r.case for r in rows))
     heights = [sum(r.case == case for r in rows) for case in cases]
     figure, axes = plt.subplots(
@@ -292,11 +373,38 @@ def plot(result: Result) -> None:
     if max(ratios) > LINEAR_RANGE * min(ratios):
         axes[0, 0].set_xscale("log")
     axes[0, 0].set_xlim(right=max(ratios) * (2.5 if axes[0, 0].get_xscale() == "log" else 1.15))
-    axes[-1, 0].set_xlabel(f"time / bare {rows[0].limit} ({result.machine['name']})", fontsize=8)
-    path = _image(result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    limits = " or ".join(dict.fromkeys(r.limit for r in rows))
+    axes[-1, 0].set_xlabel(f"time / bare {limits} ({result.machine['name']})", fontsize=8)
+    _save(figure, _image(result.path, result.machine))
+
+
+def plot_memory(path: Path, saved: dict) -> None:
+    """Lines of scratch memory over the vocabulary, a panel a pass, logarithmic."""
+    plt = _pyplot()
+    series = _series(saved)
+    panels = list(dict.fromkeys(passes for passes, _ in series))
+    vocabs = list(dict.fromkeys(row["vocab"] for row in saved["rows"]))
+    others = [v for v in dict.fromkeys(variant for _, variant in series) if v != OURS]
+    colours = {OURS: "#c2410c"} | dict(zip(others, ("#94a3b8", "#334155", "#0f766e", "#7c3aed")))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(7, 3), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, panel in zip(axes[0], panels):
+        for (passes, variant), scratch in series.items():
+            if passes == panel:
+                mebibytes = [size / 2**20 for size in scratch.values()]
+                axis.plot(list(scratch), mebibytes, "o-", color=colours[variant], label=variant)
+        axis.set_xscale("log", base=2)
+        # a variant may need nothing at all
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_xticks(vocabs, [f"{vocab // 1024}k" for vocab in vocabs], fontsize=8)
+        axis.set_title(panel, fontsize=9, loc="left")
+        axis.set_xlabel("vocabulary", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel(f"MiB ({saved['machine_info']['name']})", fontsize=8)
+    axes[0, 0].legend(fontsize=8, frameon=False)
+    _save(figure, _image(path, saved["machine_info"]))
 
 
 def main() -> int:
@@ -305,8 +413,11 @@ def main() -> int:
     check = parser.parse_args().check
     if not check:
         for path in sorted(RESULTS.glob("*/*.json")):
-            if "benchmarks" in json.loads(path.read_text()):
+            saved = json.loads(path.read_text())
+            if "benchmarks" in saved:
                 plot(load(path))
+            elif saved.get("kind") == "memory":
+                plot_memory(path, saved)
     stale = []
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         before = document.read_text() if document.exists() else ""

@@ -19,7 +19,9 @@ HEADS = {
     "smoke": Head(32, 64, 1000),
     # two CPU cores
     "cpu-64k": Head(1024, 896, 65536),
+    "cpu-32k": Head(4096, 512, 32000),
     "cpu-qwen3-0.6b": Head(256, 1024, 151936),
+    "cpu-qwen3-0.6b-2k": Head(2048, 1024, 151936),
     # one GPU
     "qwen3-0.6b": Head(8192, 1024, 151936),
     "qwen3-8b": Head(8192, 4096, 151936),
@@ -27,6 +29,9 @@ HEADS = {
     "gpt-oss-20b": Head(8192, 2880, 201088),
     "deepseek-v3": Head(4096, 7168, 129280),
 }
+
+# peak memory over the vocabulary alone
+HEADS |= {f"vocab-{2**n}": Head(1024, 256, 2**n) for n in range(14, 19)}
 
 GROUPS = {
     "smoke": Groups(4, 4),

@@ -1,6 +1,7 @@
 """The bench harness: what it measures is what it says, and a red op gives no ratio."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import harness, memory, report  # noqa: E402
+from bench import error_table, harness, memory, memory_over_vocab, oracles, report  # noqa: E402
+from bench.ops import bench_linear_logprob  # noqa: E402
+from bench.shapes import HEADS, Head  # noqa: E402
 
 
 def saved(tests: str = "passed", gpu: str | None = None) -> dict:
@@ -43,13 +46,13 @@ def saved(tests: str = "passed", gpu: str | None = None) -> dict:
 
 @pytest.fixture
 def rendered(tmp_path, monkeypatch):
-    def render(result: dict) -> str:
+    def render(result: dict, block: str = "some_op") -> str:
         path = tmp_path / "bench/results/box/some_op.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(result))
         (tmp_path / "docs").mkdir()
         document = tmp_path / "docs/page.md"
-        document.write_text("A\n<!-- bench:begin some_op -->\nold\n<!-- bench:end -->\nB\n")
+        document.write_text(f"A\n<!-- bench:begin {block} -->\nold\n<!-- bench:end -->\nB\n")
         monkeypatch.setattr(report, "ROOT", tmp_path)
         monkeypatch.setattr(report, "RESULTS", tmp_path / "bench/results")
         monkeypatch.setattr(report, "IMAGES", tmp_path / "docs/images")
@@ -102,6 +105,144 @@ def test_a_table_of_errors(rendered):
     assert "Shape: tokens 3." in text
 
 
+def test_a_table_of_memory_over_the_vocabulary(rendered, tmp_path):
+    result = saved() | {"kind": "memory", "shape": {"tokens": 3}}
+    result["rows"] = [
+        {"pass": "forward", "variant": variant, "vocab": vocab, "scratch_bytes": scratch * 2**20}
+        for variant, scratches in (("rlkern", (0, 1)), ("eager", (64,)))
+        for vocab, scratch in zip((1024, 2048), scratches)
+    ]
+    del result["benchmarks"], result["commit_info"]
+    text = rendered(result)
+    assert "| pass | variant | vocab 1,024 | vocab 2,048 |" in text
+    assert "| forward | **rlkern** | 0.0 MiB | 1.0 MiB |" in text
+    assert "| forward | eager | 64.0 MiB | – |" in text
+    assert "Shape: tokens 3." in text
+    assert "(images/box-some_op.svg)" in text
+    assert (tmp_path / "docs/images/box-some_op.svg").is_file()
+
+
+def test_the_summary_goes_from_best_to_worst(rendered):
+    result = saved()
+    for entry in saved()["benchmarks"]:
+        # ours 6 ms, eager 9 ms, 1 MiB each
+        entry["extra_info"] |= {"shape": "large", "peak_bytes": 2**20}
+        entry["stats"]["median"] = {"limit": 2e-3, "rlkern": 6e-3, "eager": 9e-3}[
+            entry["extra_info"]["variant"]
+        ]
+        result["benchmarks"].append(entry)
+    for entry in saved(tests="not run")["benchmarks"]:
+        entry["extra_info"]["dtype"] = "float16"
+        result["benchmarks"].append(entry)
+    text = rendered(result, "summary")
+    figures = "1.50× – 3.00× | 1.50× – 15× | 1.0 MiB – 3.0 MiB | 1.0 MiB – 3.0 MiB"
+    assert f"| [some_op](ops/some_op.md) | forward | float32 | copy | {figures} |" in text
+    assert "float16" not in text
+
+
+def measured(limit_seconds: float, seconds: float, monkeypatch, **problem) -> harness.Measured:
+    """A case with a clock that says what it is told, in no time."""
+    times = {"limit": limit_seconds, "rlkern": limit_seconds, "peer": seconds}
+    variants = {name: lambda name=name: name for name in times}
+    monkeypatch.setattr(harness, "_time_cpu", lambda function, count: times[function()])
+    made = harness.Problem(variants, "matmul", {}, **problem)
+    case = harness.Case("small", memory=True)
+    monkeypatch.setattr(harness, "device", lambda: "cpu")
+    monkeypatch.setattr(harness, "peak_apart", lambda problem, case, variant: 7)
+    return harness.measure(lambda case, device: made, case, budget_s=0)
+
+
+def test_long_cases_take_fewer_rounds(monkeypatch):
+    def rounds(limit_seconds, seconds):
+        found = measured(limit_seconds, seconds, monkeypatch)
+        return {name: len(values) for name, values in found.seconds.items()}
+
+    assert rounds(0.4, 9.0) == dict.fromkeys(("limit", "rlkern", "peer"), harness.MIN_ROUNDS)
+    assert rounds(0.6, 1.1) == dict.fromkeys(("limit", "rlkern", "peer"), harness.LONG_ROUNDS)
+    far = {"limit": harness.LONG_ROUNDS, "rlkern": harness.LONG_ROUNDS, "peer": harness.FAR_ROUNDS}
+    assert rounds(0.6, 1.3) == far
+
+
+def test_memory_of_the_chosen_variants(monkeypatch):
+    assert measured(0.1, 0.1, monkeypatch).peak_bytes.keys() == {"limit", "rlkern", "peer"}
+    some = frozenset({"rlkern", "not installed"})
+    assert measured(0.1, 0.1, monkeypatch, memory_of=some).peak_bytes == {"rlkern": 7}
+
+
+def test_linear_logprob_is_held_against_the_matmuls_of_a_recomputing_backward():
+    """Four to one: torch counts the flops."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(passes: str, variant: str) -> int:
+        made = bench_linear_logprob.problem(harness.Case("smoke", "bfloat16", passes), "cpu")
+        with FlopCounterMode(display=False) as counter:
+            made.variants[variant]()
+        return counter.get_total_flops()
+
+    one = 2 * 32 * 64 * 1000
+    assert flops("forward", "limit") == one
+    assert flops("forward+backward", "limit") == 4 * one
+    assert flops("forward+backward", "three matmuls") == 3 * one
+    # at the shape that takes minutes, slow peers alone are left out
+    huge = {c for c in bench_linear_logprob.CASES if c.shape == bench_linear_logprob.HUGE}
+    assert len(huge) == 4
+    for case in bench_linear_logprob.CASES:
+        assert not {"limit", "rlkern", "eager", "compile"} & bench_linear_logprob.left_out(case)
+
+
+def test_linear_logprob_peers_compute_the_same(monkeypatch):
+    """Every variant of the bench, those installed: our outputs, and our gradients."""
+    for passes in bench_linear_logprob.BOTH:
+        case = harness.Case("smoke", "float32", passes)
+        made = harness.build(bench_linear_logprob.problem, case)
+        ours = made.variants["rlkern"]()
+        for name in made.variants.keys() - {"limit", "three matmuls", "rlkern"}:
+            for got, want in zip(made.variants[name](), ours):
+                torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3, msg=f"{name} {passes}")
+
+
+def test_a_missing_peer_is_absent(monkeypatch):
+    monkeypatch.setattr(oracles, "linear_peers", dict)
+    made = bench_linear_logprob.problem(harness.Case("smoke", passes="forward+backward"), "cpu")
+    assert made.variants.keys() == {"limit", "three matmuls", "rlkern", "eager", "compile"}
+
+
+def test_memory_without_what_the_call_returns():
+    head = HEADS[memory_over_vocab.SHAPES[0]]
+    made = [memory_over_vocab.returned_bytes(memory_over_vocab.SHAPES[0], p) for p in ("forward",)]
+    assert made == [2 * head.tokens * torch.float32.itemsize]
+    gradients = (head.tokens + head.vocab) * head.hidden * torch.bfloat16.itemsize
+    assert memory_over_vocab.returned_bytes(memory_over_vocab.SHAPES[0], "forward+backward") == (
+        gradients
+    )
+    vocabs = [HEADS[shape].vocab for shape in memory_over_vocab.SHAPES]
+    assert vocabs == [16384, 32768, 65536, 131072, 262144]
+
+
+@pytest.mark.parametrize("dtype", error_table.DTYPES)
+def test_the_error_tables_tell_roundings_apart(dtype, monkeypatch):
+    """At a small shape: float64 has no error, 16-bit logits have a large one; so for gradients."""
+    small = Head(64, 32, 512)
+    monkeypatch.setattr(error_table, "VALUES", small)
+    monkeypatch.setattr(error_table, "GRADIENTS", small)
+    found = {"exact": error_table.double, "rlkern": error_table.ours, "wide": error_table.wide}
+    found["no entropy"] = lambda *args: (error_table.double(*args)[0], None)
+    half = {"rounded": lambda h, w, t: error_table.wide(h.bfloat16(), w.bfloat16(), t)}
+    monkeypatch.setattr(error_table, "implementations", lambda dtype: found | half)
+    values = error_table.value_errors("typical", dtype)
+    assert values["exact"] == dict.fromkeys(values["exact"], 0.0)
+    assert values["no entropy"]["entropy_mean"] is None
+    assert 0 < values["rlkern"]["logprob_mean"] < values["rlkern"]["logprob_max"] < 1e-5
+    gradients = error_table.gradient_errors("typical", dtype)
+    assert "no entropy" not in gradients
+    eps = torch.finfo(dtype).eps
+    for name in ("rlkern", "wide", "exact"):
+        assert all(error < 2 * eps + 1e-6 for error in gradients[name].values()), gradients
+    if dtype != torch.bfloat16:
+        assert values["rounded"]["logprob_mean"] > 100 * values["rlkern"]["logprob_mean"]
+        assert all(error > 1e-3 for error in gradients["rounded"].values()), gradients
+
+
 def test_the_clock_replays_and_then_runs():
     clock = harness.Clock()
     clock.pending.extend([0.5, 0.25])
@@ -130,7 +271,13 @@ def test_the_smallest_bench_runs_and_leaves_nothing_local(tmp_path):
     command = [sys.executable, "-m", "pytest", "bench/ops/bench_group_advantage.py"]
     command += ["--benchmark-enable", "--bench-shapes", "smoke", "--bench-seconds", "0.1"]
     command += ["--bench-unchecked", "--bench-results", str(tmp_path), "--bench-machine", "here"]
-    command += ["-k", "rlkern or limit or blocks", "-p", "no:cacheprovider"]
+    command += [
+        "--bench-green=another",
+        "-k",
+        "rlkern or limit or blocks",
+        "-p",
+        "no:cacheprovider",
+    ]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stdout[-3000:]
     text = (tmp_path / "here/group_advantage.json").read_text()
@@ -144,6 +291,13 @@ def test_the_smallest_bench_runs_and_leaves_nothing_local(tmp_path):
     for local in (str(tmp_path), str(ROOT), str(Path.home())):
         assert local not in text
     assert result["machine_info"]["torch"] == torch.__version__
+    # the command is there to the last option, but for where files of this machine lie
+    results = ["--bench-results", tmp_path.name, "--bench-machine", "here", "--bench-green=another"]
+    assert shlex.split(result["command"]) == [
+        *("python", "-m", "pytest", "bench/ops/bench_group_advantage.py", "--benchmark-enable"),
+        *("--bench-shapes", "smoke", "--bench-seconds", "0.1", "--bench-unchecked", *results),
+        *("-k", "rlkern or limit or blocks", "-p", "no:cacheprovider"),
+    ]
 
 
 def test_an_op_with_red_tests_is_not_timed(tmp_path):

@@ -1,19 +1,34 @@
-"""`linear_logprob` with entropy against the bare matmuls that it cannot avoid, and eager torch."""
+"""`linear_logprob` with entropy against the bare matmuls that it cannot avoid, torch and peers.
+
+A backward that recomputes the logits takes four matmuls: the logits, the logits again, the gradient
+of the hidden states and that of the weight. Those are its limit. `three matmuls` is without the
+second: what an implementation takes that keeps all (T, V) logits from its forward.
+"""
 
 import pytest
 import torch
 
 import rlkern
-from bench import harness, peers
+from bench import harness, oracles, peers
 from bench.harness import Case, Problem
 from bench.shapes import HEADS
 
 OP = "linear_logprob"
 BOTH = ("forward", "forward+backward")
+THREE = "three matmuls"
+PEERS = TRL, VERL, LIGER = (
+    "TRL ChunkedLogProbFunction",
+    "verl FusedLinearForPPO",
+    "Liger scaled cross entropy",
+)
+# Minutes a round: what is already timed at the other shapes is left out.
+HUGE = "cpu-qwen3-0.6b-2k"
 CASES = [
     *(Case("smoke", "bfloat16", passes, memory=True) for passes in BOTH),
     *(
-        Case("cpu-64k", dtype, passes, "cpu", memory=True)
+        # a second process for every figure: at the shapes that take longest, in one dtype
+        Case(shape, dtype, passes, "cpu", memory=shape == "cpu-64k" or dtype == "bfloat16")
+        for shape in ("cpu-64k", "cpu-32k", HUGE)
         for dtype in ("bfloat16", "float32")
         for passes in BOTH
     ),
@@ -24,7 +39,14 @@ CASES = [
         for passes in BOTH
     ),
 ]
-VARIANTS = [harness.LIMIT, "rlkern", "eager", "compile"]
+VARIANTS = [harness.LIMIT, THREE, "rlkern", "eager", "compile", *PEERS]
+
+
+def left_out(case: Case) -> set[str]:
+    """What would take longer than all the rest together."""
+    if case.shape == HUGE:
+        return {VERL, LIGER} if case.passes == "forward" else {THREE, *PEERS}
+    return {VERL} if case.shape == "cpu-32k" else set()
 
 
 def problem(case: Case, device: str) -> Problem:
@@ -40,9 +62,16 @@ def problem(case: Case, device: str) -> Problem:
         out = rlkern.linear_logprob(hidden, weight, targets, outputs=("logprob", "entropy"))
         return out.logprob, out.entropy
 
-    def matmuls():
+    def forward_matmul():
+        return hidden @ weight.T
+
+    def three_matmuls():
         logits = hidden @ weight.T
-        return (logits, logits @ weight, logits.T @ hidden) if backward else logits
+        return logits, logits @ weight, logits.T @ hidden
+
+    def four_matmuls():
+        forward_matmul()
+        return three_matmuls()
 
     def call(function):
         if not backward:
@@ -50,13 +79,26 @@ def problem(case: Case, device: str) -> Problem:
         leaves = (hidden.detach().requires_grad_(), weight.detach().requires_grad_())
         return lambda: torch.autograd.grad(function(*leaves, targets), leaves, upstream)
 
+    def peer(function):
+        return call(lambda hidden, weight, targets: function(hidden, weight, targets, 1.0))
+
     variants = {
-        harness.LIMIT: matmuls,
+        harness.LIMIT: four_matmuls if backward else forward_matmul,
         "rlkern": call(ours),
         "eager": call(peers.linear_logprob_entropy),
         "compile": call(peers.compiled(peers.linear_logprob_entropy)),
     }
-    return Problem(variants, "matmul", HEADS[case.shape]._asdict())
+    if backward:
+        variants[THREE] = three_matmuls
+    # the other peers there have no entropy
+    installed = oracles.linear_peers()
+    variants |= {name: peer(installed[name].call) for name in PEERS if name in installed}
+    return Problem(
+        {name: variants[name] for name in variants if name not in left_out(case)},
+        "matmul ×4" if backward else "matmul",
+        HEADS[case.shape]._asdict(),
+        memory_of=frozenset({"rlkern", "eager", "compile"}) if device == "cpu" else None,
+    )
 
 
 @pytest.mark.parametrize(("case", "variant"), harness.grid(CASES, VARIANTS), ids=str)
