@@ -566,16 +566,10 @@ void check_inputs(const Tensor& hidden, const Tensor& weight, const std::optiona
 using Stats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Kept = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Keeps the logits, in an order that only bwd_kept knows.
-// batch_invariant and chunk_size change nothing here: a row's bits depend on no other row, and the
-// logits of nothing but a tile exist.
-Kept fwd_keep(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
-              std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,
-              std::optional<Tensor> row_temperature, double temperature, double logit_scale,
-              double softcap, int64_t ignore_index, int64_t vocab_size, bool round_logits,
-              int64_t topk, bool batch_invariant, int64_t chunk_size, bool keep_logits) {
-  const Options options = {targets,     ids,     vocab_mask,   row_temperature, temperature,
-                           logit_scale, softcap, ignore_index, vocab_size,      round_logits};
+// batch_invariant and chunk_size change nothing here: a row's bits depend on no other row, and no
+// logits beyond a tile's exist but those that are kept.
+Kept run_forward(Tensor hidden, Tensor weight, std::optional<Tensor> bias, const Options& options,
+                 int64_t topk, bool keep) {
   check_inputs(hidden, weight, bias, options);
   const int64_t count = hidden.size(0);
   using torch::headeronly::ScalarType;
@@ -592,7 +586,7 @@ Kept fwd_keep(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor t
       using Unit = decltype(unit);
       const auto kernels = tile_kernels<Unit, T>();
       const int64_t panels = round_up(count, kernels.panel) / kernels.panel;
-      const int64_t floats = keep_logits ? panels * kept_stride(kernels, vocab_size) : 0;
+      const int64_t floats = keep ? panels * kept_stride(kernels, vocab_size) : 0;
       kept = torch::stable::new_empty(hidden, {floats}, ScalarType::Float);
       const Outputs out = {logprob.mutable_data_ptr<float>(),
                            logsumexp.mutable_data_ptr<float>(),
@@ -603,7 +597,7 @@ Kept fwd_keep(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor t
                            is_top1.mutable_data_ptr<bool>(),
                            topk_ids.mutable_data_ptr<int64_t>(),
                            topk,
-                           keep_logits ? kept.mutable_data_ptr<float>() : nullptr};
+                           keep ? kept.mutable_data_ptr<float>() : nullptr};
       forward_rows<Unit>(Matrix<T>(hidden), HeadInputs<T>(weight, bias, options), options, out);
     });
   });
@@ -611,33 +605,38 @@ Kept fwd_keep(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor t
           id_logprob, topk_values, topk_ids, kept};
 }
 
-Stats fwd(Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
-          std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,
-          std::optional<Tensor> row_temperature, double temperature, double logit_scale,
-          double softcap, int64_t ignore_index, int64_t vocab_size, bool round_logits, int64_t topk,
-          bool batch_invariant, int64_t chunk_size) {
+// The arguments of both forwards, as the schemas have them.
+#define RLK_FORWARD_ARGUMENTS                                                                    \
+  Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,                      \
+      std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,                               \
+      std::optional<Tensor> row_temperature, double temperature, double logit_scale,             \
+      double softcap, int64_t ignore_index, int64_t vocab_size, bool round_logits, int64_t topk, \
+      bool batch_invariant, int64_t chunk_size
+#define RLK_OPTIONS                                                                             \
+  Options {                                                                                     \
+    targets, ids, vocab_mask, row_temperature, temperature, logit_scale, softcap, ignore_index, \
+        vocab_size, round_logits                                                                \
+  }
+
+Stats fwd(RLK_FORWARD_ARGUMENTS) {
   auto [logprob, logsumexp, entropy, sum_sq_prob, is_top1, id_logprob, topk_values, topk_ids,
-        kept] = fwd_keep(hidden, weight, bias, targets, ids, vocab_mask, row_temperature,
-                         temperature, logit_scale, softcap, ignore_index, vocab_size, round_logits,
-                         topk, batch_invariant, chunk_size, false);
+        kept] = run_forward(hidden, weight, bias, RLK_OPTIONS, topk, false);
   return {logprob, logsumexp, entropy, sum_sq_prob, is_top1, id_logprob, topk_values, topk_ids};
+}
+
+// The last result is the logits, in an order that only bwd_kept knows.
+Kept fwd_keep(RLK_FORWARD_ARGUMENTS) {
+  return run_forward(hidden, weight, bias, RLK_OPTIONS, topk, true);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 // Two matmuls where the forward kept the logits. The weight's gradient is added to weight_sum where
 // that is given.
-Gradients bwd_kept(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_logsumexp,
-                   std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_id_logprob,
-                   Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
-                   std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,
-                   std::optional<Tensor> row_temperature, Tensor logsumexp, Tensor entropy,
-                   double temperature, double logit_scale, double softcap, int64_t ignore_index,
-                   int64_t vocab_size, bool round_logits, bool batch_invariant, int64_t chunk_size,
-                   std::optional<Tensor> kept, std::optional<Tensor> weight_sum, bool need_hidden,
-                   bool need_weight, bool need_bias) {
-  const Options options = {targets,     ids,     vocab_mask,   row_temperature, temperature,
-                           logit_scale, softcap, ignore_index, vocab_size,      round_logits};
+Gradients run_backward(const Upstream& upstream, Tensor hidden, Tensor weight,
+                       std::optional<Tensor> bias, const Options& options, Tensor logsumexp,
+                       Tensor entropy, std::optional<Tensor> kept, std::optional<Tensor> weight_sum,
+                       bool need_hidden, bool need_weight, bool need_bias) {
   check_inputs(hidden, weight, bias, options);
   const int64_t vocab = weight.size(0), depth = hidden.size(1);
   if (weight_sum) {
@@ -650,8 +649,6 @@ Gradients bwd_kept(std::optional<Tensor> grad_logprob, std::optional<Tensor> gra
   Tensor grad_hidden = torch::stable::new_empty(hidden, {need_hidden ? hidden.size(0) : 0, depth});
   Tensor grad_weight = torch::stable::new_empty(hidden, {need_weight ? vocab : 0, depth});
   Tensor grad_bias = torch::stable::new_empty(hidden, {need_bias ? vocab : 0});
-  const Upstream upstream = {optional_data(grad_logprob), optional_data(grad_logsumexp),
-                             optional_data(grad_entropy), optional_data(grad_id_logprob)};
   RLK_DISPATCH_FLOAT(hidden, T, {
     const Grads<T> grads = {need_hidden ? grad_hidden.mutable_data_ptr<T>() : nullptr,
                             need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr,
@@ -662,7 +659,7 @@ Gradients bwd_kept(std::optional<Tensor> grad_logprob, std::optional<Tensor> gra
       if (kept) {
         const auto kernels = tile_kernels<Unit, T>();
         const int64_t panels = round_up(hidden.size(0), kernels.panel) / kernels.panel;
-        RLK_CHECK_SIZE(*kept, 0, panels * kept_stride(kernels, vocab_size));
+        RLK_CHECK_SIZE(*kept, 0, panels * kept_stride(kernels, options.vocab_size));
       }
       backward_rows<Unit>(upstream, Matrix<T>(hidden), HeadInputs<T>(weight, bias, options),
                           options, logsumexp.const_data_ptr<float>(),
@@ -671,24 +668,38 @@ Gradients bwd_kept(std::optional<Tensor> grad_logprob, std::optional<Tensor> gra
     });
     // padding of the vocabulary
     if (need_weight)
-      std::fill_n(grads.weight + vocab_size * depth, (vocab - vocab_size) * depth, T(0.0f));
-    if (need_bias) std::fill_n(grads.bias + vocab_size, vocab - vocab_size, T(0.0f));
+      std::fill_n(grads.weight + options.vocab_size * depth, (vocab - options.vocab_size) * depth,
+                  T(0.0f));
+    if (need_bias)
+      std::fill_n(grads.bias + options.vocab_size, vocab - options.vocab_size, T(0.0f));
   });
   return {grad_hidden, grad_weight, grad_bias};
 }
 
-Gradients bwd(std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_logsumexp,
-              std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_id_logprob,
-              Tensor hidden, Tensor weight, std::optional<Tensor> bias, Tensor targets,
-              std::optional<Tensor> ids, std::optional<Tensor> vocab_mask,
-              std::optional<Tensor> row_temperature, Tensor logsumexp, Tensor entropy,
-              double temperature, double logit_scale, double softcap, int64_t ignore_index,
-              int64_t vocab_size, bool round_logits, bool batch_invariant, int64_t chunk_size,
-              bool need_hidden, bool need_weight, bool need_bias) {
-  return bwd_kept(grad_logprob, grad_logsumexp, grad_entropy, grad_id_logprob, hidden, weight, bias,
-                  targets, ids, vocab_mask, row_temperature, logsumexp, entropy, temperature,
-                  logit_scale, softcap, ignore_index, vocab_size, round_logits, batch_invariant,
-                  chunk_size, std::nullopt, std::nullopt, need_hidden, need_weight, need_bias);
+#define RLK_BACKWARD_ARGUMENTS                                                                   \
+  std::optional<Tensor> grad_logprob, std::optional<Tensor> grad_logsumexp,                      \
+      std::optional<Tensor> grad_entropy, std::optional<Tensor> grad_id_logprob, Tensor hidden,  \
+      Tensor weight, std::optional<Tensor> bias, Tensor targets, std::optional<Tensor> ids,      \
+      std::optional<Tensor> vocab_mask, std::optional<Tensor> row_temperature, Tensor logsumexp, \
+      Tensor entropy, double temperature, double logit_scale, double softcap,                    \
+      int64_t ignore_index, int64_t vocab_size, bool round_logits, bool batch_invariant,         \
+      int64_t chunk_size
+#define RLK_UPSTREAM                                                                         \
+  Upstream {                                                                                 \
+    optional_data(grad_logprob), optional_data(grad_logsumexp), optional_data(grad_entropy), \
+        optional_data(grad_id_logprob)                                                       \
+  }
+
+Gradients bwd(RLK_BACKWARD_ARGUMENTS, bool need_hidden, bool need_weight, bool need_bias) {
+  return run_backward(RLK_UPSTREAM, hidden, weight, bias, RLK_OPTIONS, logsumexp, entropy,
+                      std::nullopt, std::nullopt, need_hidden, need_weight, need_bias);
+}
+
+Gradients bwd_kept(RLK_BACKWARD_ARGUMENTS, std::optional<Tensor> kept,
+                   std::optional<Tensor> weight_sum, bool need_hidden, bool need_weight,
+                   bool need_bias) {
+  return run_backward(RLK_UPSTREAM, hidden, weight, bias, RLK_OPTIONS, logsumexp, entropy, kept,
+                      weight_sum, need_hidden, need_weight, need_bias);
 }
 
 }  // namespace

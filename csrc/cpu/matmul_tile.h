@@ -4,7 +4,8 @@
 // RLK_FLOATS and RLK_INTS (vectors as wide as its registers), RLK_ROWS x RLK_VECTORS (the register
 // tile) and RLK_HAS_BF16_DOT defined; hence no include guard.
 //
-// C[r][n] = sum_k A[r][k] B[k][n], accumulated in float32 in the order of k, whatever the blocking.
+// C[r][n] = sum_k A[r][k] B[k][n], accumulated in float32 in the order of k; sums over blocks of k
+// are added block by block, which keeps the error of a long sum small.
 // Both operands come in 32-bit units: a float is one k, a pair of bfloat16 two neighbouring ones.
 //   A  any strides: a unit is broadcast, so nothing is gained by packing it
 //   B  packed panels [unit][kPanel]: kPanel columns of C, one vector after another
@@ -42,7 +43,7 @@ RLK_TARGET static __attribute__((noinline)) void multiply(const Unit* a, int64_t
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
-      acc[r][v] = add ? load_as<V>(c + r * c_stride + v * kWidth) : V{};
+      acc[r][v] = V{};
   for (int64_t k = 0; k < units; ++k, a += unit_stride, b += kPanel) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -54,7 +55,10 @@ RLK_TARGET static __attribute__((noinline)) void multiply(const Unit* a, int64_t
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store_as(c + r * c_stride + v * kWidth, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* const out = c + r * c_stride + v * kWidth;
+      store_as(out, add ? load_as<V>(out) + acc[r][v] : acc[r][v]);
+    }
 }
 
 // From products to logits as the softmax sees them.

@@ -25,6 +25,18 @@ def _fake_bwd(a, c, b, g, hidden, weight, *rest):
     )
 
 
+def _fake_fwd_keep(hidden, *rest):
+    # how the logits are kept is the kernel's own affair
+    kept = hidden.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.float32)
+    return *_fake_fwd(hidden, *rest), kept
+
+
+def _fake_bwd_kept(*args):
+    *shared, _kept, weight_sum, need_hidden, need_weight, need_bias = args
+    need_weight = need_weight and weight_sum is None
+    return _fake_bwd(*shared, need_hidden, need_weight, need_bias)
+
+
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _HOW = "bool batch_invariant, int chunk_size"
 _library.define(
@@ -35,9 +47,24 @@ _library.define(
     f"{_HOW}, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     _fake_bwd,
 )
+# For callers that take the gradient of a few rows at once: the logits are kept from forward to
+# backward, which then takes two matmuls, and the weight's gradient may be added to a float32 sum.
+_library.define(
+    f"linear_logprob_fwd_keep({_HEAD}, {ROWS}, {SCALARS}, int topk, {_HOW}) "
+    f"-> {RETURNS[:-1]}, Tensor)",
+    _fake_fwd_keep,
+)
+_library.define(
+    f"linear_logprob_bwd_kept({GRADS}, {_HEAD}, {ROWS}, Tensor logsumexp, Tensor entropy, "
+    f"{SCALARS}, {_HOW}, Tensor? kept, Tensor(a!)? weight_sum, bool need_hidden, "
+    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    _fake_bwd_kept,
+)
 _TRITON = "rlkern.ops.linear_logprob.triton"
 _library.fill("linear_logprob_fwd", reference.forward, f"{_TRITON}:forward")
 _library.fill("linear_logprob_bwd", reference.backward, f"{_TRITON}:backward")
+_library.fill("linear_logprob_fwd_keep", reference.forward_keep, f"{_TRITON}:forward_keep")
+_library.fill("linear_logprob_bwd_kept", reference.backward_kept, f"{_TRITON}:backward_kept")
 
 
 class LinearLogprob(torch.autograd.Function):

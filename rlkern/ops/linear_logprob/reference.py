@@ -60,6 +60,22 @@ def backward(
     return grad_hidden, grad_weight, grad_bias
 
 
+def forward_keep(*args: object) -> tuple[Tensor, ...]:
+    """forward, and the logits for backward_kept."""
+    hidden, weight, bias, *rest = args
+    return *forward(*args), _logits(hidden, weight, bias, rest[8]).flatten()
+
+
+def backward_kept(*args: object) -> tuple[Tensor, Tensor, Tensor]:
+    """backward, the weight's gradient added to weight_sum instead where that is given."""
+    *shared, _kept, weight_sum, need_hidden, need_weight, need_bias = args
+    found = backward(*shared, need_hidden, need_weight or weight_sum is not None, need_bias)
+    if weight_sum is None:
+        return found
+    weight_sum += found[1]
+    return found[0], found[1].new_empty((0, found[1].shape[1])), found[2]
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
     kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(kind) @ weight[:size].to(kind).T

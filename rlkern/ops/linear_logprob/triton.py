@@ -237,7 +237,8 @@ def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) 
     if _path(head, rows, scalars, topk) == "fused":
         partial = _fused_partial(head, rows, scalars)
     else:
-        partial = _partial_in_chunks(head, rows, scalars, topk, stats)
+        buffer = _new_buffer(head, scalars, torch.float32)
+        partial = _partial_in_chunks(head, rows, scalars, topk, stats, buffer)
     merge(partial, rows, scalars, stats)
     return tuple(stats)
 
@@ -249,11 +250,18 @@ def backward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
     Every row takes part: to drop those without a gradient, their number would have to be known
     on the host.
     """
+    return backward_kept(*args[:-3], None, None, *args[-3:])
+
+
+def backward_kept(*args: object) -> tuple[Tensor, Tensor, Tensor]:
+    """backward with `kept, weight_sum` before the needs: the logits of forward_keep, or None to
+    recompute them; and where to add the weight's gradient, or None."""
+    *args, kept, weight_sum, need_hidden, need_weight, need_bias = args
     grads, (hidden, weight, bias), rows = args[:4], args[4:7], Rows(*args[7:11])
     logsumexp, entropy, scalars = *args[11:13], Scalars(*args[13:19])
-    need_hidden, need_weight, need_bias = args[21:]
     head = Head(hidden, weight, bias, *args[19:21])
     (count, depth), vocab = hidden.shape, weight.shape[0]
+    need_weight = need_weight and weight_sum is None
 
     def zeros(*shape: int) -> Tensor:
         return hidden.new_zeros(shape, dtype=torch.float32)
@@ -262,9 +270,15 @@ def backward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
     # the padding of the vocabulary gets 0
     grad_weight = weight.new_zeros((vocab if need_weight else 0, depth))
     grad_bias = weight.new_zeros((vocab if need_bias else 0,))
-    rounded = None if hidden.dtype == torch.float32 else _new_buffer(head, scalars, hidden.dtype)
-    for chunk in _chunks(head, scalars):
-        part, first, logits = chunk
+    if kept is None or count == 0:
+        chunks = _chunks(head, scalars, _new_buffer(head, scalars, torch.float32))
+        in_place = hidden.dtype == torch.float32
+        rounded = None if in_place else _new_buffer(head, scalars, hidden.dtype)
+    else:
+        logits = kept.view(count, -1)[:, : scalars.vocab_size]
+        chunks = [Chunk(slice(0, count), 0, logits)]
+        rounded = _whole_buffer(head, scalars, hidden.dtype)
+    for part, first, logits in chunks:
         columns = slice(first, first + logits.shape[1])
         d_logits = logits if rounded is None else _block(rounded, logits.shape)
         gradient(
@@ -283,6 +297,8 @@ def backward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
             d_bias = zeros(logits.shape[1] if need_bias else 0)
         if need_hidden:
             d_hidden[part] += _matmul_fp32(d_logits, weight[columns])
+        if weight_sum is not None:
+            weight_sum[columns] += _matmul_fp32(d_logits.T, hidden[part])
         if need_weight:
             d_weight += _matmul_fp32(d_logits.T, hidden[part])
         if need_bias:
@@ -291,6 +307,16 @@ def backward(*args: object) -> tuple[Tensor, Tensor, Tensor]:
             grad_weight[columns] = d_weight
             grad_bias[columns] = d_bias
     return d_hidden.to(hidden.dtype), grad_weight, grad_bias
+
+
+def forward_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: object) -> tuple:
+    """forward in one chunk, and its logits, without bias, for backward_kept."""
+    rows, scalars, topk = Rows(*rest[:4]), Scalars(*rest[4:10]), rest[10]
+    head = Head(hidden, weight, bias, *rest[11:])
+    stats = empty_stats(hidden, hidden.shape[0], rows.ids, topk)
+    kept = _whole_buffer(head, scalars, torch.float32)
+    merge(_partial_in_chunks(head, rows, scalars, topk, stats, kept), rows, scalars, stats)
+    return (*stats, kept.flatten())
 
 
 def _path(head: Head, rows: Rows, scalars: Scalars, topk: int) -> str:
@@ -311,14 +337,16 @@ def _path(head: Head, rows: Rows, scalars: Scalars, topk: int) -> str:
     return "fused" if (capability, *shape) in FUSED_FASTER else "chunks"
 
 
-def _partial_in_chunks(head: Head, rows: Rows, scalars: Scalars, topk: int, stats: Stats) -> Tensor:
+def _partial_in_chunks(
+    head: Head, rows: Rows, scalars: Scalars, topk: int, stats: Stats, buffer: Tensor
+) -> Tensor:
     """Folds all chunks; fills the parts of stats that hold logits of ids and the top-k."""
     partial = new_partial(head.hidden, head.hidden.shape[0], scalars.vocab_size)
     stats.id_logprob.fill_(float("nan"))
     # a full top-k of nothing, which every token is above
     stats.topk_values.fill_(float("-inf"))
     stats.topk_ids.fill_(-1)
-    for part, first, logits in _chunks(head, scalars):
+    for part, first, logits in _chunks(head, scalars, buffer):
         mine = _of(rows, part)
         fold(logits, first, head.bias, mine, scalars, partial[part])
         if rows.ids is not None:
@@ -366,10 +394,9 @@ def _fused_partial(head: Head, rows: Rows, scalars: Scalars) -> Tensor:
     return partial
 
 
-def _chunks(head: Head, scalars: Scalars) -> Iterator[Chunk]:
+def _chunks(head: Head, scalars: Scalars, buffer: Tensor) -> Iterator[Chunk]:
     """The logits by vocabulary, then by rows, each in the same buffer."""
     hidden, weight = head.hidden, head.weight
-    buffer = _new_buffer(head, scalars, torch.float32)
     count, width = buffer.shape
     for first in range(0, scalars.vocab_size, width):
         entries = weight[first : min(first + width, scalars.vocab_size)]
@@ -388,6 +415,12 @@ def _new_buffer(head: Head, scalars: Scalars, dtype: torch.dtype) -> Tensor:
     wanted = head.chunk_size or CHUNK_ELEMENTS // max(1, count)
     width = min(max(1, wanted // SPLIT) * SPLIT, triton.cdiv(max(1, vocab), 16) * 16)
     return head.hidden.new_empty((min(count, CHUNK_ELEMENTS // width), width), dtype=dtype)
+
+
+def _whole_buffer(head: Head, scalars: Scalars, dtype: torch.dtype) -> Tensor:
+    """For the logits of all rows and the whole vocabulary."""
+    width = triton.cdiv(max(1, scalars.vocab_size), 16) * 16
+    return head.hidden.new_empty((head.hidden.shape[0], width), dtype=dtype)
 
 
 def _block(buffer: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -1,0 +1,171 @@
+"""The policy loss straight from hidden states, in three matmuls, without the logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlkern import _check
+from rlkern.ops import _logprob
+from rlkern.ops._logprob import Scalars
+from rlkern.ops.linear_logprob import linear_logprob
+from rlkern.ops.linear_policy_loss.chunks import Head, Loss, gradients
+from rlkern.ops.policy_loss import PolicyObjective, policy_loss
+
+_OP = "linear_policy_loss"
+
+
+class LinearPolicyLossOutput(NamedTuple):
+    loss: Tensor
+    """float32 scalar to minimise"""
+    logprob: Tensor
+    """(T,) float32, of the targets; without a gradient"""
+    entropy: Tensor
+    """(T,) float32; without a gradient"""
+    metrics: dict[str, Tensor]
+    """as policy_loss"""
+
+
+class _Given(torch.autograd.Function):
+    """A loss whose gradients are known."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, loss, *grads):
+        ctx.save_for_backward(*grads)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grads = ctx.saved_tensors
+        # a gradient of weight is large: not multiplied by 1 where that can be seen for free
+        if not (grad_loss.is_cpu and grad_loss.item() == 1):
+            grads = [None if g is None else g * grad_loss.to(g.dtype) for g in grads]
+        return *grads, None, None, None, None
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    objective: str | PolicyObjective = "grpo",
+    ref_logprob: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    cu_segments: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    vocab_mask: Tensor | None = None,
+    logits_rounding: str | None = None,
+    weight_grad: Tensor | None = None,
+) -> LinearPolicyLossOutput:
+    """policy_loss of linear_logprob's log-probs and entropies, and its gradients at once.
+
+        out = linear_logprob(hidden, weight, targets, outputs=("logprob", "entropy"))
+        loss = policy_loss(out.logprob, old_logprob, advantages, entropy=out.entropy)
+
+    is the equivalent program; loss, logprob, entropy and metrics have its bits on CPU. That program
+    takes four matmuls: its backward multiplies the logits out again, for only then does it know
+    the gradient of the log-probs. This op knows the loss. It takes a chunk of whole sequences at a
+    time, keeps the chunk's logits (2^26 of them, 256 MiB) until the loss of its tokens has given
+    their gradient, and goes on from there: three matmuls. Tokens whose gradient is exactly 0
+    (clipped, advantage 0) drop out of the last two, on CPU.
+
+    A sequence too long for a chunk is cut where tokens do not depend on each other
+    (importance_sampling_level="token" with token-mean or token-sum), and has its logits multiplied
+    out twice elsewhere. An objective with `selection` looks at all tokens at once, and is computed
+    by the program above.
+
+    Args:
+        hidden, weight, targets, bias, temperature, softcap, logit_scale, vocab_size, vocab_mask,
+            logits_rounding: as linear_logprob, but that no target is ignored: pack the tokens that
+            count. Not float64.
+        old_logprob, advantages, cu_seqlens, objective, ref_logprob, rollout_logprob, cu_segments,
+            normalizer: as policy_loss, packed.
+        weight_grad: (V, H) float32, contiguous: the gradient of weight is added to it in this call,
+            for an upstream gradient of 1, and weight.grad stays as it is (Megatron's main_grad).
+
+    Returns:
+        LinearPolicyLossOutput; loss is differentiable with respect to hidden, weight and bias. The
+        gradients exist when the function returns: backward() only scales them, once.
+
+    Raises:
+        ValueError, TypeError: as linear_logprob and policy_loss.
+
+    Two runs give the same bits. Offsets and counts are read on the host.
+    """
+    if isinstance(objective, str):
+        objective = PolicyObjective.preset(objective)
+    _logprob.check_head(_OP, hidden, weight, bias)
+    if hidden.dtype == torch.float64:
+        _check.dtype(_OP, "hidden", hidden, _check.FLOATS[:3])
+    vocab = weight.shape[0]
+    size = _logprob.check_vocab_size(_OP, vocab_size, vocab)
+    temperatures, scalar = _logprob.split_temperature(_OP, temperature, hidden, "hidden")
+    rows = _logprob.rows_of(_OP, hidden, "hidden", targets, None, vocab_mask, vocab, temperatures)
+    # of no target: none is ignored
+    nothing = torch.iinfo(torch.int64).min
+    limits = _logprob.scalars_of(_OP, scalar, logit_scale, softcap, nothing)
+    scalars = Scalars(*limits, size, _logprob.check_rounding(_OP, logits_rounding))
+    for name, value in (("old_logprob", old_logprob), ("advantages", advantages)):
+        _check.tensor(_OP, name, value)
+    _check.shape(_OP, "old_logprob", old_logprob, (hidden.shape[0],), "(T,)")
+    if weight_grad is not None:
+        _check.tensor(_OP, "weight_grad", weight_grad)
+        _check.dtype(_OP, "weight_grad", weight_grad, (torch.float32,))
+        _check.shape(_OP, "weight_grad", weight_grad, weight.shape, "(V, H)")
+        _check.same_device(_OP, "weight_grad", weight_grad, "hidden", hidden.device)
+        if not weight_grad.is_contiguous():
+            _check.fail(_OP, "weight_grad", "to be contiguous", weight_grad.stride())
+    loss = Loss(
+        objective,
+        old_logprob,
+        advantages,
+        ref_logprob,
+        rollout_logprob,
+        cu_seqlens,
+        cu_segments,
+        normalizer,
+    )
+    trains = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (hidden, weight, bias)
+    )
+    if not trains or objective.selection is not None:
+        if weight_grad is not None and trains:
+            reason = "to be None with an objective that has a selection"
+            _check.fail(_OP, "weight_grad", reason, tuple(weight_grad.shape))
+        out = linear_logprob(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            vocab_size=vocab_size,
+            vocab_mask=vocab_mask,
+            outputs=("logprob", "entropy"),
+            ignore_index=nothing,
+            logits_rounding=logits_rounding,
+        )
+        value, metrics = loss(out.logprob, out.entropy)
+        return LinearPolicyLossOutput(value, out.logprob.detach(), out.entropy.detach(), metrics)
+    head = Head(
+        hidden.detach() if hidden.stride(-1) == 1 else hidden.detach().contiguous(),
+        weight.detach() if weight.stride(-1) == 1 else weight.detach().contiguous(),
+        None if bias is None else bias.detach().contiguous(),
+        rows,
+        scalars,
+    )
+    needs = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    with torch.no_grad():
+        logprob, entropy, grads = gradients(head, loss, needs, weight_grad)
+        value, metrics = loss(logprob, entropy)
+    value = _Given.apply(hidden, weight, bias, value, *grads)
+    return LinearPolicyLossOutput(value, logprob, entropy, metrics)
