@@ -74,7 +74,9 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
     hidden, weight, bias, targets, ids, *rest = case(normal(6, 16), normal(48, 16), [9] * 6)
     targets[::2] = IGNORE
     yield "ignored rows, int32", (hidden, weight, bias, targets, ids.int(), *rest)
-    hidden, weight, bias, targets, ids, *rest = case(normal(4, 16), normal(48, 16), [9] * 4)
+    options = (1.0, None, 1.0, 5.0)
+    args = case(normal(4, 16), normal(48, 16), [9] * 4, *options)
+    hidden, weight, bias, targets, ids, *rest = args
     ids[::4] = torch.tensor([-1, 48, 2**40, -(2**50), 49, -7, 48, 100, 1000]).to(device)
     targets[:] = ids.view(4, 9)[:, 1:3].amax(1).clamp(0, 47)
     yield "ids out of range", (hidden, weight, bias, targets, ids, *rest)
