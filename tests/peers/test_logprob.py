@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peers.compare import distance, relative
+from peers.trl_head import LinearLogprobHead
 from torch import Tensor
 
 import rlkern
@@ -126,34 +127,63 @@ def test_float32_values_and_gradients_are_the_peers(name, parity):
     )
 
 
-def test_softcap_and_logit_scale_are_trls(parity):
-    """The other peers have neither."""
+TRLS = {
+    "biased": {"bias": True},
+    "soft-capped and scaled": {"softcap": 8.0, "logit_scale": 0.5},
+    "biased, soft-capped and scaled": {"bias": True, "softcap": 8.0, "logit_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("case", TRLS)
+def test_bias_softcap_and_logit_scale_are_trls(case, parity):
+    """The other peers have none of them."""
     pytest.importorskip("trl")
     from trl.kernels import ChunkedLogProbFunction
 
+    options = TRLS[case] | {"temperature": TEMPERATURE}
     *tensors, targets = hidden_states(torch.float32)
-    options = {"softcap": 8.0, "logit_scale": 0.5, "temperature": TEMPERATURE}
+    if options.pop("bias", False):
+        tensors.append(torch.randn(VOCAB))
+    names = ("log_probs", "entropy", "log_sum_sq_probs", "is_top1")
+    rest = (targets, TEMPERATURE, 1024, options.get("softcap"), options.get("logit_scale", 1.0))
+    constants = []
 
-    def theirs(hidden, weight):
-        return ChunkedLogProbFunction.apply(
-            hidden, weight, None, targets, TEMPERATURE, 1024, 8.0, 0.5, ("log_probs", "entropy")
-        )
+    def through(function):
+        def call(hidden, weight, bias=None):
+            values = function.apply(hidden, weight, bias, *rest, names)
+            constants.append(values[2:])
+            return values[:2]
 
-    def ours(hidden, weight):
-        out = rlkern.linear_logprob(hidden, weight, targets, outputs=BOTH, **options)
-        return out.logprob, out.entropy
+        return call
 
     grads = upstream(entropy=True)
-    got, want = (run(call, tensors, (), grads) for call in (ours, theirs))
+    heads = (LinearLogprobHead, ChunkedLogProbFunction)
+    got, want = (run(through(head), tensors, (), grads) for head in heads)
+    (sum_sq, _, is_top1), (their_sum_sq, no_mean, their_top1) = constants
+    assert no_mean is None
+    assert 0 < is_top1.sum() < TOKENS
+    assert torch.equal(is_top1, their_top1)
+    pairs = [*zip(got[0], want[0]), (sum_sq, their_sum_sq)]
     parity(
         "log-probs",
         "TRL ChunkedLogProbFunction",
-        f"float32, soft-capped and scaled, {SHAPE}",
-        rlkern=", ".join(f"{key}={value}" for key, value in options.items()),
-        value=max(distance(a, b) for a, b in zip(got[0], want[0])),
+        f"float32, {case}, {SHAPE}; log_sum_sq_probs and is_top1 too",
+        rlkern=", ".join(
+            ["bias=bias"] * len(tensors[2:]) + [f"{k}={v}" for k, v in options.items()]
+        ),
+        value=max(distance(a, b) for a, b in pairs),
         gradient=max(relative(a, b) for a, b in zip(got[1], want[1])),
         budget=FLOAT32_BUDGET,
     )
+
+
+def test_what_the_hook_does_not_have_is_refused():
+    hidden, weight, targets = hidden_states(torch.float32)
+    args = (hidden, weight, None, targets, TEMPERATURE, 1024)
+    with pytest.raises(NotImplementedError, match="mean_logits"):
+        LinearLogprobHead.apply(*args)
+    values = LinearLogprobHead.apply(*args, outputs=())
+    assert [x is None for x in values] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("name", PEERS)

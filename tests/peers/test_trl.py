@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from peers.compare import BUDGET, DTYPES, HORIZON, Batch, describe, distance, relative
+from peers.trl_head import LinearLogprobHead
 
 pytest.importorskip("trl")
 
@@ -47,6 +48,7 @@ MODELS = {
     "Qwen3": {},
     "Gemma2": {"final_logit_softcapping": 2.0, "query_pre_attn_scalar": 16},
     "Granite": {"logits_scaling": 0.25},
+    "Phi": {},
 }
 
 
@@ -301,41 +303,6 @@ def test_advantages(scale_rewards, kind, tmp_path, parity):
 # --- a run behind TRL's hook -------------------------------------------------------------------
 
 
-class LinearLogprobHead:
-    """What TRL's fused LM head calls: hidden states to log-probs and entropies."""
-
-    calls = 0
-
-    @classmethod
-    def apply(
-        cls,
-        hidden,
-        weight,
-        bias,
-        targets,
-        temperature,
-        chunk_size,
-        final_logit_softcapping=None,
-        logit_scale=1.0,
-        outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-    ):
-        cls.calls += 1
-        asked = set(outputs) - {"log_probs", "entropy"}
-        if bias is not None or asked:
-            raise NotImplementedError(f"a bias, or {sorted(asked)}")
-        wanted = ("logprob", "entropy") if "entropy" in outputs else ("logprob",)
-        out = rlkern.linear_logprob(
-            hidden,
-            weight,
-            targets,
-            temperature=temperature,
-            softcap=final_logit_softcapping,
-            logit_scale=logit_scale,
-            outputs=wanted,
-        )
-        return out.logprob, out.entropy, None, None, None
-
-
 RUNS = {
     "dapo, two iterations": {"loss_type": "dapo", "num_iterations": 2},
     "cispo, entropy bonus": {
@@ -352,6 +319,7 @@ RUNS = {
     },
     "soft-capped logits": {"model": "Gemma2", "loss_type": "dapo", "num_iterations": 2},
     "scaled logits": {"model": "Granite", "loss_type": "dapo", "num_iterations": 2},
+    "a head with a bias": {"model": "Phi", "loss_type": "dapo", "num_iterations": 2},
 }
 STEPS = 20
 

@@ -37,7 +37,8 @@ def forward(
     if vocab_mask is not None:
         z = z.masked_fill(~vocab_mask[:vocab_size], float("-inf"))
     logsumexp = torch.logsumexp(z, dim=-1)
-    log_p = z - logsumexp[:, None]
+    # not z - logsumexp: far below zero that sum is rounded away
+    log_p = torch.log_softmax(z, dim=-1)
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)
     hit, in_vocab = _pick(z, targets[:, None])
@@ -47,7 +48,7 @@ def forward(
     id_logprob = _value(log_p, targets[:, None][:, :0] if ids is None else ids, ignore_index)
     order = torch.sort(z, dim=-1, descending=True, stable=True)
     absent = order.values[:, :topk] == float("-inf")
-    topk_values = (order.values[:, :topk] - logsumexp[:, None]).masked_fill(absent, float("-inf"))
+    topk_values = log_p.gather(-1, order.indices[:, :topk]).masked_fill(absent, float("-inf"))
     topk_ids = order.indices[:, :topk].masked_fill(absent, -1)
     sum_sq_prob = p.square().sum(-1)
     return logprob, logsumexp, entropy, sum_sq_prob, is_top1, id_logprob, topk_values, topk_ids
