@@ -114,7 +114,7 @@ class Failure(NamedTuple):
 
 class Measured(NamedTuple):
     seconds: dict[str, list[float] | Failure]
-    peak_bytes: dict[str, int]
+    peak_bytes: dict[str, int | None]
     problem: Problem
 
 
@@ -195,16 +195,23 @@ def _peak_cuda(function: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def peak_apart(problem: Callable[[Case, str], Problem], case: Case, variant: str) -> int:
-    """Peak growth of the resident memory of a process that does nothing else, in bytes."""
+def peak_apart(problem: Callable[[Case, str], Problem], case: Case, variant: str) -> int | None:
+    """Peak growth of the resident memory of a process that does nothing else, in bytes.
+
+    None where a peer fails there.
+    """
     request = json.dumps({"module": problem.__module__, "case": asdict(case), "variant": variant})
     run = subprocess.run(
         [sys.executable, "-m", "bench.memory", request],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        check=True,
     )
+    if run.returncode:
+        print(run.stderr[-3000:])
+        if variant == OURS:
+            raise RuntimeError(f"{case}: the process that measures memory failed")
+        return None
     return int(run.stdout.splitlines()[-1])
 
 

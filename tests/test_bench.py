@@ -169,6 +169,16 @@ def test_memory_of_the_chosen_variants(monkeypatch):
     assert measured(0.1, 0.1, monkeypatch, memory_of=some).peak_bytes == {"rlkern": 7}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_apart_is_absent_where_a_peer_fails(capsys):
+    case = harness.Case("smoke", "bfloat16")
+    assert harness.peak_apart(bench_linear_logprob.problem, case, "a peer") is None
+    assert "KeyError: 'a peer'" in capsys.readouterr().out
+    unknown = harness.Case("no such shape")
+    with pytest.raises(RuntimeError, match="no such shape-float32-forward: the process"):
+        harness.peak_apart(bench_linear_logprob.problem, unknown, "rlkern")
+
+
 def test_linear_logprob_is_held_against_the_matmuls_of_a_recomputing_backward():
     """Four to one: torch counts the flops."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -190,7 +200,7 @@ def test_linear_logprob_is_held_against_the_matmuls_of_a_recomputing_backward():
         assert not {"limit", "rlkern", "eager", "compile"} & bench_linear_logprob.left_out(case)
 
 
-def test_linear_logprob_peers_compute_the_same(monkeypatch):
+def test_linear_logprob_peers_compute_the_same():
     """Every variant of the bench, those installed: our outputs, and our gradients."""
     for passes in bench_linear_logprob.BOTH:
         case = harness.Case("smoke", "float32", passes)
