@@ -31,9 +31,9 @@ constexpr int64_t kGrain = 8192;
 // A run of tokens with everything that one of them needs; null: not given or not wanted.
 struct Tokens {
   int64_t count;
-  const float *logprob, *old_logprob, *advantage, *weight, *log_ratio, *ref_logprob, *entropy;
-  // -1 or 0 by token; null: all count, and `count` is a multiple of kLanes
-  const int32_t* counts;
+  const float *logprob, *old_logprob, *advantage, *weight, *statistic, *rollout_logprob,
+      *ref_logprob, *entropy, *correction, *drifted, *kl_mean, *length;
+  const int32_t* counts;  // -1 or 0 by token
   float *grad, *grad_entropy;
 };
 
@@ -47,61 +47,74 @@ using Ints = decltype(Bits<F>::of(F{}));
 template <class F>
 constexpr int64_t kWidth = sizeof(F) / sizeof(float);
 
-// Past `left` elements: zeros.
-template <class V, class T>
-RLK_HD V load_upto(const T* p, int64_t left) {
-  V x{};
-  if (left >= kWidth<V>)
-    std::memcpy(&x, p, sizeof x);
-  else
-    for (int64_t i = 0; i < left; ++i) x[i] = p[i];
-  return x;
-}
-
-// 0 where the token does not count, whatever lies there
+// Tokens from i on; 0 where a token does not count, whatever lies there.
 template <class F>
-RLK_HD F load_counting(const float* p, int64_t left, Ints<F> counts) {
-  return Bits<F>::from(Bits<F>::of(load_upto<F>(p, left)) & counts);
+RLK_HD PolicyInput<F> load_tokens(const Tokens& t, int64_t i, Ints<F> counts) {
+  const auto load = [&](const float* p) {
+    return p ? Bits<F>::from(Bits<F>::of(load_as<F>(p + i)) & counts) : F{};
+  };
+  return {load(t.logprob),    load(t.old_logprob),     load(t.advantage),   load(t.weight),
+          load(t.statistic),  load(t.rollout_logprob), load(t.ref_logprob), load(t.entropy),
+          load(t.correction), load(t.drifted),         load(t.kl_mean),     load(t.length)};
 }
 
-template <class F>
-RLK_HD void store_upto(float* p, F x, int64_t left) {
-  if (left >= kWidth<F>)
-    std::memcpy(p, &x, sizeof x);
-  else
-    for (int64_t i = 0; i < left; ++i) p[i] = x[i];
-}
+// The last tokens of a run, fewer than a vector, padded with tokens that do not count.
+struct Tail {
+  alignas(64) float values[12][kLanes] = {};
+  alignas(64) float grad[kLanes], grad_entropy[kLanes];
+  alignas(64) int32_t counts[kLanes] = {};
 
-// A vector of tokens. kAll: none is masked. left: the tokens from i on; a constant where the loop
-// is over whole vectors.
-template <bool kAll, class F>
-RLK_HD void some_tokens(const PolicyParams& p, const Tokens& t, int64_t i, int64_t left,
-                        PolicyStats<F>& stats) {
-  const Ints<F> counts = kAll ? Ints<F>{} - 1 : load_upto<Ints<F>>(t.counts + i, left);
-  const F one = Bits<F>::from(Bits<F>::of(F{} + 1.0f) & counts);
-  PolicyInput<F> in{};
-  in.logprob = load_counting<F>(t.logprob + i, left, counts);
-  in.old_logprob = load_counting<F>(t.old_logprob + i, left, counts);
-  in.advantage = load_counting<F>(t.advantage + i, left, counts);
-  in.weight = load_counting<F>(t.weight + i, left, counts);
-  in.log_ratio =
-      t.log_ratio ? load_counting<F>(t.log_ratio + i, left, counts) : in.logprob - in.old_logprob;
-  if (t.ref_logprob) in.ref_logprob = load_counting<F>(t.ref_logprob + i, left, counts);
-  if (t.entropy) in.entropy = load_counting<F>(t.entropy + i, left, counts);
-  const F grad = policy_token(p, in, one, t.ref_logprob, t.entropy, stats);
-  if (t.grad) store_upto<F>(t.grad + i, grad, left);
-  if (t.grad_entropy) store_upto<F>(t.grad_entropy + i, -p.entropy_coef * in.weight, left);
-}
+  Tokens of(const Tokens& t, int64_t from) {
+    const float* const inputs[] = {t.logprob,    t.old_logprob,     t.advantage,   t.weight,
+                                   t.statistic,  t.rollout_logprob, t.ref_logprob, t.entropy,
+                                   t.correction, t.drifted,         t.kl_mean,     t.length};
+    const float* out[12];
+    const int64_t left = t.count - from;
+    for (int k = 0; k < 12; ++k) {
+      out[k] = inputs[k] ? values[k] : nullptr;
+      if (inputs[k]) std::copy_n(inputs[k] + from, left, values[k]);
+    }
+    std::copy_n(t.counts + from, left, counts);
+    return {left,
+            out[0],
+            out[1],
+            out[2],
+            out[3],
+            out[4],
+            out[5],
+            out[6],
+            out[7],
+            out[8],
+            out[9],
+            out[10],
+            out[11],
+            counts,
+            t.grad ? grad : nullptr,
+            t.grad_entropy ? grad_entropy : nullptr};
+  }
+};
 
 template <class F>
 RLK_HD void all_tokens(const PolicyParams& p, const Tokens& t, Partial& out) {
   constexpr int64_t kStep = kWidth<F>;
+  const PolicyGiven given{t.ref_logprob != nullptr, t.entropy != nullptr};
+  const int64_t whole = t.count - t.count % kStep;
   PolicyStats<F> stats;
-  int64_t i = 0;
-  if (!t.counts)
-    for (; i < t.count; i += kStep) some_tokens<true>(p, t, i, kStep, stats);
-  for (; i + kStep <= t.count; i += kStep) some_tokens<false>(p, t, i, kStep, stats);
-  if (i < t.count) some_tokens<false>(p, t, i, t.count - i, stats);
+  Tail tail;
+  const Tokens parts[] = {t, tail.of(t, whole)};
+  const int64_t ends[] = {whole, t.count - whole};
+  // one copy of the body for both: it is long
+  for (int part = 0; part < 2; ++part)
+    for (int64_t i = 0; i < ends[part]; i += kStep) {
+      const Tokens& now = parts[part];
+      const auto counts = load_as<Ints<F>>(now.counts + i);
+      const F one = Bits<F>::from(Bits<F>::of(F{} + 1.0f) & counts);
+      const PolicyGrad<F> g = policy_token(p, load_tokens<F>(now, i, counts), one, given, stats);
+      if (now.grad) store_as(now.grad + i, g.logprob);
+      if (now.grad_entropy) store_as(now.grad_entropy + i, g.entropy);
+    }
+  if (t.grad) std::copy_n(tail.grad, t.count - whole, t.grad + whole);
+  if (t.grad_entropy) std::copy_n(tail.grad_entropy, t.count - whole, t.grad_entropy + whole);
   for (int k = 0; k < kNumPolicySums; ++k) out.sum[k] = reduce_add(stats.sum[k]);
   out.least = stats.least[0];
   out.most = stats.most[0];
@@ -125,12 +138,6 @@ const auto run_tokens = cpu_isa() >= Isa::kAvx512 ? run_sixteen : run_eight;
 const auto run_tokens = run_eight;
 #endif
 
-// Of one sequence: the tokens that count, and the mean of logprob - old_logprob over them.
-struct SequenceStats {
-  int64_t length;
-  float log_ratio;
-};
-
 int64_t count_tokens(const bool* mask, int64_t count) {
   int64_t total = 0, i = 0;
   for (uint64_t eight; i + 8 <= count; i += 8) {
@@ -145,28 +152,59 @@ RLK_MULTIVERSION void spread(const bool* mask, int64_t count, int32_t* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<int32_t>(mask[i]);
 }
 
-RLK_MULTIVERSION float sum_log_ratio(const float* logprob, const float* old_logprob,
-                                     const int32_t* counts, int64_t count) {
+// Adds a run of one sequence's tokens.
+RLK_MULTIVERSION void add_to_sequence(const PolicyParams& p, const Tokens& t, double* sum,
+                                      float& most) {
   constexpr int64_t kStep = kWidth<f32x8>;
-  const i32x8 all = i32x8{} - 1;
-  f32x8 sum{};
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    const i32x8 lanes = counts ? load_upto<i32x8>(counts + i, kStep) : all;
-    sum += load_counting<f32x8>(logprob + i, kStep, lanes) -
-           load_counting<f32x8>(old_logprob + i, kStep, lanes);
+  const int64_t whole = t.count - t.count % kStep;
+  SequenceSums<f32x8> sums;
+  Tail tail;
+  const Tokens parts[] = {t, tail.of(t, whole)};
+  const int64_t ends[] = {whole, t.count - whole};
+  for (int part = 0; part < 2; ++part)
+    for (int64_t i = 0; i < ends[part]; i += kStep) {
+      const i32x8 counts = load_as<i32x8>(parts[part].counts + i);
+      const f32x8 one = (f32x8)((i32x8)(f32x8{} + 1.0f) & counts);
+      sequence_token(p, load_tokens<f32x8>(parts[part], i, counts), one, sums);
+    }
+  for (int k = 0; k < kNumSequenceSums; ++k) sum[k] += reduce_add(sums.sum[k]);
+  most = std::max(most, reduce_max(sums.most));
+}
+
+// What a prefix of a sequence leaves to the next token.
+struct Prefix {
+  float least = INFINITY;
+  double sum = 0;
+  int64_t count = 0;
+
+  void merge(const Prefix& next) {
+    least = next.least < least || next.least != next.least ? next.least : least;
+    sum += next.sum;
+    count += next.count;
   }
-  if (i < count) {
-    const i32x8 lanes = counts ? load_upto<i32x8>(counts + i, count - i) : all;
-    sum += load_counting<f32x8>(logprob + i, count - i, lanes) -
-           load_counting<f32x8>(old_logprob + i, count - i, lanes);
+};
+
+// Walks a run of one sequence's tokens; out: the statistic of each, or null.
+void walk(Level level, const float* live, const float* anchor, const int32_t* counts, int64_t count,
+          Prefix& prefix, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!counts[i]) continue;
+    const float x = live[i] - anchor[i];
+    if (level == Level::kPrefixMin) {
+      if (out) out[i] = prefix.least == INFINITY ? x : prefix.least + x;
+      prefix.least = x < prefix.least || x != x ? x : prefix.least;
+    } else {
+      prefix.sum += x;
+      ++prefix.count;
+      if (out) out[i] = static_cast<float>(prefix.sum / static_cast<double>(prefix.count));
+    }
   }
-  return reduce_add(sum);
 }
 
 // Where sequences begin: cu_seqlens of either integer type, or rows of one length.
 class Sequences {
  public:
+  // of rows without offsets; of everything, when logprob has no rows
   Sequences(const Tensor& logprob, const std::optional<Tensor>& cu_seqlens)
       : tokens_(logprob.numel()), row_(logprob.numel()) {
     if (cu_seqlens.has_value()) {
@@ -204,83 +242,168 @@ class Sequences {
   const int64_t* wide_ = nullptr;
 };
 
+// The inputs of a call; null: not given.
+struct Inputs {
+  const float *logprob, *old_logprob, *advantage, *rollout_logprob, *ref_logprob, *entropy;
+  const bool* mask;
+  bool per_token;  // advantage
+
+  // Without what is computed for each token.
+  Tokens tokens(int64_t begin, int64_t count) const {
+    const auto at = [&](const float* p) { return p ? p + begin : nullptr; };
+    Tokens t{};
+    t.count = count;
+    t.logprob = at(logprob);
+    t.old_logprob = at(old_logprob);
+    t.advantage = per_token ? at(advantage) : nullptr;
+    t.rollout_logprob = at(rollout_logprob);
+    t.ref_logprob = at(ref_logprob);
+    t.entropy = at(entropy);
+    return t;
+  }
+  void counts(int64_t begin, int64_t count, int32_t* out) const {
+    if (mask)
+      spread(mask + begin, count, out);
+    else
+      std::fill_n(out, count, -1);
+  }
+};
+
+// Of every sequence (or segment), all of them on one thread each.
+std::vector<SequenceStats> statistics(const PolicyParams& p, const Inputs& in,
+                                      const Sequences& sequences, bool sums, int64_t num_tokens) {
+  std::vector<SequenceStats> out(sequences.count());
+  const int64_t grain =
+      std::max<int64_t>(1, kGrain * sequences.count() / std::max<int64_t>(1, num_tokens));
+  torch::stable::parallel_for(0, sequences.count(), grain, [&](int64_t first, int64_t last) {
+    alignas(64) int32_t counts[kChunk];
+    alignas(64) float advantage[kChunk];
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = sequences.begin(i), length = sequences.length(i);
+      const int64_t present = in.mask ? count_tokens(in.mask + begin, length) : length;
+      double sum[kNumSequenceSums] = {};
+      float most = -INFINITY;
+      sum[kKeptSum] = sums ? 0 : static_cast<double>(present);
+      for (int64_t j = begin; sums && j < begin + length; j += kChunk) {
+        Tokens t = in.tokens(j, std::min(kChunk, begin + length - j));
+        in.counts(j, t.count, counts);
+        t.counts = counts;
+        if (!in.per_token) {
+          std::fill_n(advantage, t.count, in.advantage[i]);
+          t.advantage = advantage;
+        }
+        add_to_sequence(p, t, sum, most);
+      }
+      out[i] = sequence_stats(p, present, sum, most);
+    }
+  });
+  return out;
+}
+
+// The prefix of the sequence that goes on at the beginning of each chunk.
+std::vector<Prefix> carried(const PolicyParams& p, const Inputs& in, const float* anchor,
+                            const Sequences& sequences, int64_t num_tokens) {
+  const int64_t num_chunks = (num_tokens + kChunk - 1) / kChunk;
+  std::vector<Prefix> out(num_chunks);
+  // out[c + 1]: first of the tokens of the last sequence in chunk c alone
+  torch::stable::parallel_for(0, num_chunks - 1, kGrain / kChunk, [&](int64_t first, int64_t last) {
+    alignas(64) int32_t counts[kChunk];
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t begin = chunk * kChunk, end = begin + kChunk, i = sequences.at(end - 1);
+      if (i < 0 || i >= sequences.count() || sequences.begin(i + 1) <= end) continue;
+      const int64_t from = std::max(begin, sequences.begin(i));
+      in.counts(from, end - from, counts);
+      walk(p.level, in.logprob + from, anchor + from, counts, end - from, out[chunk + 1], nullptr);
+    }
+  });
+  for (int64_t chunk = 1; chunk + 1 < num_chunks; ++chunk) {
+    const int64_t begin = chunk * kChunk, end = begin + kChunk, i = sequences.at(end - 1);
+    if (i < 0 || i >= sequences.count() || sequences.begin(i + 1) <= end) continue;
+    if (sequences.begin(i) >= begin) continue;
+    Prefix whole = out[chunk];
+    whole.merge(out[chunk + 1]);
+    out[chunk + 1] = whole;
+  }
+  return out;
+}
+
 const float* optional_data(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr<float>() : nullptr;
 }
-const float* shifted(const float* p, int64_t by) { return p ? p + by : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     Tensor logprob, Tensor old_logprob, Tensor advantages, std::optional<Tensor> cu_seqlens,
-    std::optional<Tensor> mask, std::optional<Tensor> ref_logprob, std::optional<Tensor> entropy,
-    bool sequence_level, int64_t surrogate, double ratio_low, double ratio_high, double ratio_cap,
-    double log_ratio_clamp, int64_t kl_type, double kl_coef, double kl_input_clamp,
-    double kl_output_clamp, double entropy_coef, int64_t denominator, bool divide_by_length,
-    double scale, bool want_grad, bool want_entropy_grad) {
+    std::optional<Tensor> mask, std::optional<Tensor> rollout_logprob,
+    std::optional<Tensor> ref_logprob, std::optional<Tensor> entropy,
+    std::optional<Tensor> cu_segments, std::vector<int64_t> kinds, std::vector<double> numbers,
+    bool want_grad, bool want_entropy_grad) {
   RLK_CHECK_CPU(logprob);
   RLK_CHECK_DTYPE(logprob, Float);
   RLK_CHECK_CONTIGUOUS(logprob);
   RLK_CHECK_CONTIGUOUS(old_logprob);
   RLK_CHECK_CONTIGUOUS(advantages);
+  STD_TORCH_CHECK(kinds.size() == kNumKinds && numbers.size() == kNumNumbers,
+                  "policy_loss_fwd: kinds and numbers of another version");
   const int64_t num_tokens = logprob.numel();
   STD_TORCH_CHECK(old_logprob.numel() == num_tokens, "old_logprob must have the size of logprob");
   const Sequences sequences(logprob, cu_seqlens);
   const int64_t num_sequences = sequences.count();
-  const bool per_token = logprob.dim() == 2       ? advantages.dim() == 2
-                         : cu_seqlens.has_value() ? advantages.numel() != num_sequences
-                                                  : true;
-  STD_TORCH_CHECK(advantages.numel() == (per_token ? num_tokens : num_sequences),
+  const PolicyParams params(kinds, numbers);
+  const Inputs in{
+      .logprob = logprob.const_data_ptr<float>(),
+      .old_logprob = old_logprob.const_data_ptr<float>(),
+      .advantage = advantages.const_data_ptr<float>(),
+      .rollout_logprob = optional_data(rollout_logprob),
+      .ref_logprob = optional_data(ref_logprob),
+      .entropy = optional_data(entropy),
+      .mask = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr,
+      .per_token = logprob.dim() == 2       ? advantages.dim() == 2
+                   : cu_seqlens.has_value() ? advantages.numel() != num_sequences
+                                            : true,
+  };
+  STD_TORCH_CHECK(advantages.numel() == (in.per_token ? num_tokens : num_sequences),
                   "advantages must have one element per sequence or per token");
+  STD_TORCH_CHECK(
+      in.rollout_logprob || !(params.from_rollout || params.corrects() || params.rejects()),
+      "these kinds need rollout_logprob");
 
-  const PolicyParams params{
-      .surrogate = static_cast<int>(surrogate),
-      .bounds = {static_cast<float>(ratio_low), static_cast<float>(ratio_high),
-                 static_cast<float>(ratio_cap)},
-      .log_ratio_clamp = static_cast<float>(log_ratio_clamp),
-      .kl = {static_cast<int>(kl_type), static_cast<float>(kl_coef),
-             static_cast<float>(kl_input_clamp), static_cast<float>(kl_output_clamp)},
-      .entropy_coef = static_cast<float>(entropy_coef),
-  };
-  const float* live = logprob.const_data_ptr<float>();
-  const float* old = old_logprob.const_data_ptr<float>();
-  const float* advantage = advantages.const_data_ptr<float>();
-  const float* ref = optional_data(ref_logprob);
-  const float* token_entropy = optional_data(entropy);
-  const bool* counts = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
-
-  // Statistics of sequences; lengths without a mask are known from cu_seqlens.
-  std::vector<SequenceStats> stats;
-  if (counts || sequence_level) {
-    stats.resize(num_sequences);
-    const int64_t grain =
-        std::max<int64_t>(1, kGrain * num_sequences / std::max<int64_t>(1, num_tokens));
-    torch::stable::parallel_for(0, num_sequences, grain, [&](int64_t first, int64_t last) {
-      alignas(64) int32_t row_counts[kChunk];
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t begin = sequences.begin(i), length = sequences.length(i);
-        stats[i].length = counts ? count_tokens(counts + begin, length) : length;
-        double sum = 0;
-        for (int64_t j = begin; sequence_level && j < begin + length; j += kChunk) {
-          const int64_t size = std::min(kChunk, begin + length - j);
-          if (counts) spread(counts + j, size, row_counts);
-          sum += sum_log_ratio(live + j, old + j, counts ? row_counts : nullptr, size);
-        }
-        stats[i].log_ratio = static_cast<float>(sum / std::max<int64_t>(1, stats[i].length));
-      }
-    });
+  // Without a mask and sums, lengths are known from cu_seqlens.
+  const bool own_statistic = params.by_statistic() && !cu_segments.has_value();
+  const bool sums = own_statistic || params.couples_kl() || params.rejects() ||
+                    params.limits_drift() ||
+                    (params.corrects() && params.correction != Correction::kToken);
+  std::vector<SequenceStats> stats, segment_stats;
+  if (in.mask || sums) stats = statistics(params, in, sequences, sums, num_tokens);
+  std::optional<Sequences> segments;
+  if (cu_segments.has_value()) {
+    segments.emplace(logprob, cu_segments);
+    // the advantage is that of no segment: only the log-ratio is read
+    Inputs tokens = in;
+    if (!in.per_token) tokens.advantage = tokens.logprob, tokens.per_token = true;
+    segment_stats = statistics(params, tokens, *segments, true, num_tokens);
   }
+  const float* anchor = params.from_rollout ? in.rollout_logprob : in.old_logprob;
+  std::vector<Prefix> prefixes;
+  if (params.by_prefix() && num_tokens > 0)
+    prefixes = carried(params, in, anchor, sequences, num_tokens);
+
   const auto length_of = [&](int64_t i) {
-    return stats.empty() ? sequences.length(i) : stats[i].length;
+    return stats.empty()           ? sequences.length(i)
+           : params.count_rejected ? stats[i].length
+                                   : stats[i].kept;
   };
-  int64_t divisor = 1;
-  if (denominator == kAllSequences) divisor = num_sequences;
-  if (denominator == kTokens || denominator == kFilledSequences) {
+  int64_t divisor = 1, present = 0;
+  if (params.denominator == Denominator::kAllSequences) divisor = num_sequences;
+  if (params.denominator == Denominator::kTokens ||
+      params.denominator == Denominator::kFilledSequences) {
     divisor = 0;
     for (int64_t i = 0; i < num_sequences; ++i) {
       const int64_t length = length_of(i);
-      divisor += denominator == kTokens ? length : length > 0;
+      divisor += params.denominator == Denominator::kTokens ? length : length > 0;
     }
   }
-  const double shared = scale / std::max<int64_t>(1, divisor);
+  for (const SequenceStats& s : stats) present += s.length;
+  const double shared = params.scale / std::max<int64_t>(1, divisor);
 
   const auto kFloat = torch::headeronly::ScalarType::Float;
   Tensor loss = torch::stable::new_empty(logprob, {}, kFloat);
@@ -297,43 +420,62 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   const int64_t num_chunks = (num_tokens + kChunk - 1) / kChunk;
   std::vector<Partial> partials(num_chunks);
   torch::stable::parallel_for(0, num_chunks, kGrain / kChunk, [&](int64_t first, int64_t last) {
-    alignas(64) float chunk_advantage[kChunk], chunk_weight[kChunk], chunk_log_ratio[kChunk];
-    alignas(64) int32_t chunk_counts[kChunk];
+    // the sequence's numbers, spread over its tokens; the statistic by segment or prefix too
+    alignas(64) float advantage[kChunk], weight[kChunk], statistic[kChunk], correction[kChunk],
+        drifted[kChunk], kl_mean[kChunk], length[kChunk];
+    alignas(64) int32_t counts[kChunk];
+    const bool correct = params.corrects() && params.correction != Correction::kToken;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, num_tokens);
-      bool all_count = !counts && (end - begin) % kLanes == 0;
-      if (counts)
-        spread(counts + begin, end - begin, chunk_counts);
-      else
-        std::fill_n(chunk_counts, end - begin, -1);
+      Tokens tokens = in.tokens(begin, end - begin);
+      in.counts(begin, end - begin, counts);
       for (int64_t i = sequences.at(begin), token = begin; token < end; ++i) {
         // tokens before the first sequence or after the last do not count
         const bool inside = i >= 0 && i < num_sequences;
         const int64_t stop = i < num_sequences ? std::min(sequences.begin(i + 1), end) : end;
         if (stop <= token) continue;
         const int64_t from = token - begin, size = stop - token;
-        if (!inside) std::fill_n(chunk_counts + from, size, 0);
-        all_count = all_count && inside;
-        if (!per_token) std::fill_n(chunk_advantage + from, size, inside ? advantage[i] : 0.0f);
-        if (sequence_level)
-          std::fill_n(chunk_log_ratio + from, size, inside ? stats[i].log_ratio : 0.0f);
-        const float weight = inside ? policy_weight(shared, divide_by_length, length_of(i)) : 0.0f;
-        std::fill_n(chunk_weight + from, size, weight);
+        const auto spread_over = [&](float* out, float value) {
+          std::fill_n(out + from, size, value);
+        };
+        token = stop;
+        if (!inside || (params.rejects() && stats[i].kept == 0)) {
+          std::fill_n(counts + from, size, 0);
+          continue;
+        }
+        if (!in.per_token) spread_over(advantage, in.advantage[i]);
+        spread_over(weight, policy_weight(shared, params.divide_by_length, length_of(i)));
+        if (own_statistic) spread_over(statistic, stats[i].statistic);
+        if (own_statistic) spread_over(length, static_cast<float>(stats[i].length));
+        if (correct) spread_over(correction, stats[i].correction);
+        if (params.limits_drift()) spread_over(drifted, stats[i].drifted);
+        if (params.couples_kl()) spread_over(kl_mean, stats[i].kl_mean);
+        if (params.by_prefix()) {
+          Prefix prefix;
+          if (from == 0 && sequences.begin(i) < begin) prefix = prefixes[chunk];
+          walk(params.level, tokens.logprob + from, anchor + begin + from, counts + from, size,
+               prefix, statistic + from);
+        }
+      }
+      for (int64_t i = segments ? segments->at(begin) : 0, token = begin; segments && token < end;
+           ++i) {
+        const bool inside = i >= 0 && i < segments->count();
+        const int64_t stop = i < segments->count() ? std::min(segments->begin(i + 1), end) : end;
+        if (stop <= token) continue;
+        std::fill_n(statistic + (token - begin), stop - token,
+                    inside ? segment_stats[i].statistic : 0.0f);
         token = stop;
       }
-      const Tokens tokens{
-          .count = end - begin,
-          .logprob = live + begin,
-          .old_logprob = old + begin,
-          .advantage = per_token ? advantage + begin : chunk_advantage,
-          .weight = chunk_weight,
-          .log_ratio = sequence_level ? chunk_log_ratio : nullptr,
-          .ref_logprob = shifted(ref, begin),
-          .entropy = shifted(token_entropy, begin),
-          .counts = all_count ? nullptr : chunk_counts,
-          .grad = grad_out ? grad_out + begin : nullptr,
-          .grad_entropy = grad_entropy_out ? grad_entropy_out + begin : nullptr,
-      };
+      if (!in.per_token) tokens.advantage = advantage;
+      tokens.weight = weight;
+      tokens.statistic = params.level == Level::kToken ? nullptr : statistic;
+      tokens.correction = correct ? correction : nullptr;
+      tokens.drifted = params.limits_drift() ? drifted : nullptr;
+      tokens.kl_mean = params.couples_kl() ? kl_mean : nullptr;
+      tokens.length = params.level == Level::kProduct ? length : nullptr;
+      tokens.counts = counts;
+      tokens.grad = grad_out ? grad_out + begin : nullptr;
+      tokens.grad_entropy = grad_entropy_out ? grad_entropy_out + begin : nullptr;
       run_tokens(params, tokens, partials[chunk]);
     }
   });
@@ -345,8 +487,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     least = std::min(least, partial.least);
     most = std::max(most, partial.most);
   }
+  const double all = params.rejects() ? static_cast<double>(present) : sum[kTokenSum];
   *loss.mutable_data_ptr<float>() = static_cast<float>(sum[kLossSum]);
-  policy_metrics(sum, least, most, metrics.mutable_data_ptr<float>());
+  policy_metrics(params, sum, least, most, all, metrics.mutable_data_ptr<float>());
   return {loss, metrics, grad, grad_entropy};
 }
 

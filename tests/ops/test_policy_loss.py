@@ -17,21 +17,29 @@ from torch import Tensor
 
 import rlkern
 from rlkern import PolicyObjective
-from rlkern.ops.policy_loss import op, reference
+from rlkern.ops.policy_loss import op, presets, reference
 from rlkern.ops.policy_loss.objective import LOSS_AGG_MODES
-from rlkern.ops.policy_loss.samples import SCALARS
+from rlkern.ops.policy_loss.reference import Kinds, Numbers
 from rlkern.testing.numerics import assert_same_bits, assert_within_budget
 
 OP = "policy_loss"
 ROOT = Path(__file__).parents[2]
-PRESETS = ("ppo", "grpo", "dapo", "dr_grpo", "gspo", "cispo")
 HORIZON = 37.0
+# options that have no default
+GIVEN = {
+    "loss_scale_factor": HORIZON,
+    "fspo_c": 0.05,
+    "dro_beta": 0.3,
+    "pos_margin": 0.2,
+    "neg_margin": 0.1,
+    "entropy_threshold": 0.7,
+}
+BASIC = ("ppo", "grpo", "dapo", "dr_grpo", "gspo", "cispo")
 
 
 def preset(name: str, **overrides) -> PolicyObjective:
-    if name == "dr_grpo":
-        overrides = {"loss_scale_factor": HORIZON} | overrides
-    return PolicyObjective.preset(name, **overrides)
+    required = presets.PRESETS[presets.NAMES.get(name, name)].required
+    return PolicyObjective.preset(name, **{k: GIVEN[k] for k in required} | overrides)
 
 
 class Batch:
@@ -45,8 +53,10 @@ class Batch:
         def normal(*shape):
             return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
 
-        self.logprob = normal(rows, columns) - 2
-        self.old = self.logprob + spread * normal(rows, columns)
+        # below 0: some objectives read probabilities
+        self.logprob = -(normal(rows, columns) - 2).abs() - 0.01
+        self.old = (self.logprob + spread * normal(rows, columns)).clamp(max=-0.001)
+        self.rollout = (self.old + 0.2 * normal(rows, columns)).clamp(max=-0.001)
         self.ref = self.logprob + 0.4 * normal(rows, columns)
         self.entropy = normal(rows, columns).abs()
         self.advantages = normal(rows)
@@ -60,7 +70,7 @@ class Batch:
 # --- formulas ---------------------------------------------------------------------------------
 
 OBJECTIVES = {
-    **{name: preset(name) for name in PRESETS},
+    **{name: preset(name) for name in presets.PRESETS},
     "dual clip": preset("dapo", clip_ratio_c=1.5),
     "two-sided clip": preset("grpo", delta=1.4),
     "no clip": PolicyObjective(epsilon_low=None, epsilon_high=None),
@@ -72,8 +82,28 @@ OBJECTIVES = {
     ),
     **{
         f"{kind}, entropy": preset("grpo", kl_coef=0.2, kl_type=kind, entropy_coef=0.1)
-        for kind in ("k1", "k2", "k3")
+        for kind in ("k1", "k2", "k3", "abs")
     },
+    **{
+        f"{level}, r k3": preset(
+            "ppo", importance_sampling_level=level, kl_coef=0.2, use_bias_correction_kl=True
+        )
+        for level in ("token", "sequence")
+    },
+    "entropy band": preset(
+        "ppo", entropy_low=0.4, entropy_low_coef=0.2, entropy_high=0.9, entropy_high_coef=0.3
+    ),
+    "kl to the rollout": preset("grpo", kl_coef=0.2, kl_against="rollout"),
+    "minpro, clipped": preset(
+        "minpro", surrogate="clip", cispo_max_ratio=None, epsilon_low=0.2, epsilon_high=0.28
+    ),
+    "sequence, truncated": preset("tis", rollout_is="sequence", rollout_is_threshold=1.1),
+    "geometric, masked": preset("icepop", rollout_is="geometric", rollout_is_low=0.95),
+    "tokens rejected": preset("ppo", rollout_rs="token_k1", rollout_rs_threshold="0.8_1.3"),
+    "both rejected": preset(
+        "grpo", rollout_rs="token_k3,seq_max_k2", rollout_rs_threshold="0.05,0.1"
+    ),
+    "off-policy sequences": preset("grpo", off_policy_mask_threshold=0.01),
     "k3, clamped": preset(
         "dapo", kl_coef=0.2, kl_input_clamp_value=0.5, kl_output_clamp_value=0.05
     ),
@@ -88,8 +118,16 @@ OBJECTIVES = {
 
 
 def reference_args(batch: Batch, objective: PolicyObjective, logprob, entropy) -> tuple:
-    tensors = (logprob, batch.old, batch.advantages, None, batch.mask, batch.ref, entropy)
-    return (*tensors, *objective.constants, *objective.aggregation, True, True)
+    tensors = (logprob, batch.old, batch.advantages, None, batch.mask, batch.rollout, batch.ref)
+    return (*tensors, entropy, None, objective.kinds, objective.numbers, True, True)
+
+
+def segments_of(objective: PolicyObjective, cu_seqlens: Tensor) -> Tensor | None:
+    """Two segments for every sequence, where the objective has segments."""
+    if objective.importance_sampling_level != "segment":
+        return None
+    middle = (cu_seqlens[:-1] + cu_seqlens[1:]) // 2
+    return torch.cat([cu_seqlens, middle]).sort().values
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -107,7 +145,18 @@ def test_reference_gradient_is_the_derivative(name):
     assert (grad[~batch.mask] == 0).all()
 
 
-@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o.surrogate == "clip"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, o in OBJECTIVES.items()
+        if o.surrogate
+        in ("clip", "quadratic", "regression", "soft_gate", "squared", "shaped", "geometric")
+        and o.importance_sampling_level in ("token", "sequence")
+        and o.selection is None
+        and not o.kl_type.endswith("+")
+    ],
+)
 def test_gradient_is_that_of_central_differences(name):
     batch, objective = Batch([4, 0, 6, 1]), OBJECTIVES[name]
 
@@ -119,6 +168,7 @@ def test_gradient_is_that_of_central_differences(name):
             cu_seqlens=batch.cu_seqlens,
             objective=objective,
             ref_logprob=batch.packed(batch.ref),
+            rollout_logprob=batch.packed(batch.rollout),
             entropy=entropy,
         ).loss
 
@@ -164,15 +214,15 @@ def test_dual_clip_table(kernel_of, device):
             found = [k for k in checks.kernels(OP, device) if k.name == kernel_of]
             if not found:
                 pytest.skip(f"no {kernel_of} kernel here")
-            tensors = (x, torch.zeros_like(x), advantages, None, None, None, None)
+            tensors = (x, torch.zeros_like(x), advantages, *(None,) * 6)
             grad = found[0].forward(
-                *tensors, *objective.constants, *objective.aggregation, True, False
+                *tensors, list(objective.kinds), list(objective.numbers), True, False
             )[2]
         want = torch.tensor(want, dtype=torch.float64)
         torch.testing.assert_close(-grad.cpu().double() * (a or 1.0), want, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", BASIC)
 def test_on_policy_the_gradient_is_minus_the_advantage(name):
     batch = Batch([5, 2, 7], dtype=torch.float32)
     live = batch.logprob.clone().requires_grad_()
@@ -420,9 +470,8 @@ def test_opcheck(device):
     checks.check_opcheck(OP, device)
 
 
-@pytest.mark.parametrize("dtype", checks.DTYPES)
-def test_same_bits_twice_and_on_any_number_of_threads(device, dtype):
-    checks.check_deterministic(OP, device, dtype)
+def test_same_bits_twice_and_on_any_number_of_threads(device):
+    checks.check_deterministic(OP, device, torch.float32)
 
 
 def test_same_bits_on_any_number_of_threads_when_long():
@@ -448,49 +497,93 @@ def test_same_bits_on_any_number_of_threads_when_long():
                 assert_same_bits(name, a, b)
 
 
-@pytest.mark.parametrize("scalar", SCALARS)
-def test_scalars_reach_the_kernel(scalar):
+# a value that differs from the default, for each field, and what has to stand beside it to matter
+FIELDS = {
+    "surrogate": (1, {}),
+    "level": (1, {}),
+    "from_rollout": (1, {}),
+    "correction": (2, {"correction": 1}),
+    "correction_masks": (1, {"correction": 1, "correction_high": 1.1}),
+    "token_rejection": (2, {"token_rejection": 1, "token_rejection_high": 0.1}),
+    "sequence_rejection": (
+        2,
+        {"sequence_rejection": 1, "rejection_reduction": 2, "sequence_rejection_high": 0.01},
+    ),
+    "rejection_reduction": (
+        3,
+        {"sequence_rejection": 3, "rejection_reduction": 2, "sequence_rejection_high": 0.05},
+    ),
+    "count_rejected": (1, {"token_rejection": 1, "token_rejection_high": 0.1}),
+    "kl_type": (1, {}),
+    "kl_times_ratio": (1, {}),
+    "denominator": (3, {}),
+    "divide_by_length": (0, {}),
+    "p0": (0.93, {}),
+    "p1": (1.47, {}),
+    "p2": (1.29, {}),
+    "p3": (1.0, {"surrogate": 5, "p0": 0.03, "p1": 0.02, "p2": 9.0}),
+    "p4": (0.9, {"surrogate": 3, "p0": 1.4, "p1": 1.3, "p2": 1.1, "p3": 1.7, "p4": 0.6, "p5": 1.0}),
+    "p5": (0.7, {"surrogate": 3, "p0": 1.4, "p1": 1.3, "p2": 1.1, "p3": 1.7, "p4": 0.6, "p5": 1.0}),
+    "log_ratio_clamp": (0.31, {}),
+    "correction_low": (0.93, {"correction": 1}),
+    "correction_high": (1.07, {"correction": 1}),
+    "token_rejection_low": (-0.11, {"token_rejection": 1}),
+    "token_rejection_high": (0.13, {"token_rejection": 1}),
+    "sequence_rejection_low": (0.05, {"sequence_rejection": 1, "rejection_reduction": 1}),
+    "sequence_rejection_high": (0.1, {"sequence_rejection": 1, "rejection_reduction": 1}),
+    "off_policy_limit": (-0.5, {}),
+    "kl_coef": (0.83, {}),
+    "kl_input_clamp": (0.23, {}),
+    "kl_output_clamp": (0.019, {}),
+    "entropy_coef": (0.57, {}),
+    "entropy_low": (0.61, {"entropy_low_coef": 0.2}),
+    "entropy_high": (0.77, {"entropy_high_coef": 0.2}),
+    "entropy_low_coef": (0.41, {"entropy_low": 0.6}),
+    "entropy_high_coef": (0.43, {"entropy_high": 0.8}),
+    "scale": (0.611, {}),
+}
+SCALARS = {"kl_coef": 0.37, "entropy_coef": 0.21, "p1": 1.13, "p2": 1.71, "kl_output_clamp": 5.0}
+
+
+def scalars(**options) -> tuple[list[int], list[float]]:
+    """The schema's kinds and numbers."""
+    kinds = Kinds(**{k: v for k, v in options.items() if k in Kinds._fields})
+    numbers = Numbers(**{k: v for k, v in options.items() if k in Numbers._fields})
+    return list(kinds), list(numbers)
+
+
+def test_every_field_has_a_value_to_test_with():
+    assert list(FIELDS) == [*Kinds._fields, *Numbers._fields]
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "want_grad", "want_entropy_grad"])
+def test_scalars_reach_every_kernel(field):
     """The stable ABI does not compare C++ parameter types with the schema."""
     batch = Batch([9, 0, 40, 13], dtype=torch.float32, spread=0.6)
-    tensors = [batch.packed(x) for x in (batch.logprob, batch.old, batch.ref, batch.entropy)]
-    start = SCALARS | {"kl_coef": 0.37, "entropy_coef": 0.21, "want_entropy_grad": True}
-    start |= {"ratio_high": 1.13, "ratio_cap": 1.71, "kl_output_clamp": 5.0}
-    values = {
-        "sequence_level": True,
-        "surrogate": 1,
-        "ratio_low": 0.93,
-        "ratio_high": 1.47,
-        "ratio_cap": 1.29,
-        "log_ratio_clamp": 0.31,
-        "kl_type": 2,
-        "kl_coef": 0.83,
-        "kl_input_clamp": 0.23,
-        "kl_output_clamp": 0.019,
-        "entropy_coef": 0.57,
-        "denominator": 3,
-        "divide_by_length": False,
-        "scale": 0.611,
-        "want_grad": False,
-        "want_entropy_grad": False,
-    }
+    names = ("logprob", "old", "rollout", "ref", "entropy")
+    live, old, rollout, ref, entropy = (batch.packed(getattr(batch, n)) for n in names)
+    a = torch.tensor([0.7, 1.0, -1.3, -0.4])
+    value, beside = FIELDS.get(field, (None, {}))
+    wants = {"want_grad": True, "want_entropy_grad": True}
 
-    def run(function, scalars):
-        live, old, ref, entropy = tensors
-        a = torch.tensor([0.7, 1.0, -1.3, -0.4])
-        args = (live, old, a, batch.cu_seqlens, None, ref, entropy)
-        return function(*args, *scalars.values())
+    def run(function, options, wants):
+        tensors = (live, old, a, batch.cu_seqlens, None, rollout, ref, entropy, None)
+        return function(*tensors, *scalars(**options), *wants.values())
 
-    before = run(torch.ops.rlkern.policy_loss_fwd, start)
-    changed = start | {scalar: values[scalar]}
-    got = run(torch.ops.rlkern.policy_loss_fwd, changed)
-    want = run(reference.forward, changed)
-    for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    different = [a.shape != b.shape or not torch.equal(a, b) for a, b in zip(got, before)]
-    assert any(different), f"{scalar} changed nothing"
+    start = SCALARS | beside
+    changed = start if value is None else start | {field: value}
+    chosen = wants | ({field: False} if value is None else {})
+    want = run(reference.forward, changed, chosen)
+    for kernel in checks.kernels(OP, "cpu"):
+        before = run(kernel.forward, start, wants)
+        got = run(kernel.forward, changed, chosen)
+        for x, y in zip(got, want):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+        different = [x.shape != y.shape or not torch.equal(x, y) for x, y in zip(got, before)]
+        assert any(different), f"{field} changed nothing"
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", BASIC)
 def test_masked_slots_may_hold_anything(device, name):
     batch = Batch([5, 0, 9, 1], columns=11, dtype=torch.float32)
     clean = None
@@ -525,16 +618,11 @@ def test_advantage_zero_gives_exactly_nothing(device):
     a = torch.zeros(4)
     tensors = [x.to(device) for x in (logprob, old, a)]
     for surrogate in (0, 1):
-        scalars = SCALARS | {
-            "surrogate": surrogate,
-            "ratio_low": float("-inf"),
-            "ratio_high": float("inf"),
-            "ratio_cap": float("inf"),
-            "log_ratio_clamp": float("inf"),
-            "denominator": 1,
-        }
+        options = {"surrogate": surrogate, "log_ratio_clamp": math.inf, "denominator": 1}
+        open_bounds = {"p0": -math.inf, "p1": math.inf, "p2": math.inf}
         for kernel in checks.kernels(OP, device):
-            out = kernel.forward(*tensors, None, None, None, None, *scalars.values())
+            options_of = scalars(**options, **open_bounds)
+            out = kernel.forward(*tensors, *(None,) * 6, *options_of, True, False)
             assert out[0] == 0, kernel.name
             assert (out[2] == 0).all(), kernel.name
 
@@ -546,9 +634,10 @@ def test_nan_is_not_hidden(device, where):
         tensors = {name: torch.full((40,), -0.5 - i).to(device) for i, name in enumerate(names)}
         tensors[where][7] = float("nan")
         live, old, a, ref = tensors.values()
-        scalars = SCALARS | {"surrogate": surrogate, "kl_coef": 0.1, "denominator": 1}
+        options = scalars(surrogate=surrogate, kl_coef=0.1, denominator=1, p1=1.5)
         for kernel in checks.kernels(OP, device):
-            out = kernel.forward(live, old, a, None, None, ref, None, *scalars.values())
+            tensors_of = (live, old, a, None, None, None, ref, None, None)
+            out = kernel.forward(*tensors_of, *options, True, False)
             assert out[0].isnan(), kernel.name
             # with a detached weight and k3, a NaN in a log-prob reaches g through either
             assert out[2].isnan().nonzero().tolist() == [[7]], kernel.name
@@ -563,8 +652,8 @@ def test_bad_offsets_stay_in_bounds(device):
         for kernel in checks.kernels(OP, device):
             if kernel.name == "reference":
                 continue
-            args = (live, live - 0.01, a, cu_seqlens, None, None, None, *SCALARS.values())
-            grad = kernel.forward(*args)[2].cpu()
+            args = (live, live - 0.01, a, cu_seqlens, *(None,) * 5)
+            grad = kernel.forward(*args, *scalars(), True, False)[2].cpu()
             assert grad.isfinite().all(), kernel.name
             if offsets == [3, 10, 47]:
                 inside = torch.arange(50).ge(3) & torch.arange(50).lt(47)
@@ -574,7 +663,14 @@ def test_bad_offsets_stay_in_bounds(device):
 # --- meaning ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, o in OBJECTIVES.items()
+        if o.importance_sampling_level != "segment" and o.selection != "clip_cov"
+    ],
+)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_packed_is_padded(name, per_token):
     batch, objective = (
@@ -585,7 +681,7 @@ def test_packed_is_padded(name, per_token):
     if per_token:
         a = a[:, None] + 0.1 * torch.randn(batch.logprob.shape)
     padded, packed = {}, {}
-    for key in ("logprob", "old", "ref", "entropy"):
+    for key in ("logprob", "old", "ref", "rollout", "entropy"):
         padded[key] = getattr(batch, key).clone()
         packed[key] = batch.packed(padded[key])
     results = []
@@ -600,6 +696,7 @@ def test_packed_is_padded(name, per_token):
             adv,
             objective=objective,
             ref_logprob=tensors["ref"],
+            rollout_logprob=tensors["rollout"],
             entropy=h,
             **where,
         )
@@ -702,10 +799,39 @@ def test_metrics():
         "kl": ((-delta).exp() + delta - 1).mean(),
         "entropy": batch.packed(batch.entropy).mean(),
     }
-    assert list(out.metrics) == list(want) == list(op.METRICS)
+    assert list(out.metrics) == list(want) == list(op.METRICS[:11])
     for name, value in want.items():
         torch.testing.assert_close(out.metrics[name], value.double(), msg=name)
         assert value != 0, f"{name}: the case does not reach it"
+
+
+def test_metrics_of_the_correction():
+    """verl's names; the size of an equally weighted sample with this variance, as a share."""
+    batch = Batch([6, 0, 30, 14], dtype=torch.float64)
+    objective = preset(
+        "tis", rollout_is_threshold=1.1, rollout_rs="token_k1", rollout_rs_threshold="0.7_1.2"
+    )
+    out = rlkern.policy_loss(
+        batch.logprob,
+        batch.old,
+        batch.advantages,
+        mask=batch.mask,
+        objective=objective,
+        rollout_logprob=batch.rollout,
+    )
+    d = batch.packed(batch.old - batch.rollout)
+    kept = ((-d).exp() >= 0.7) & ((-d).exp() <= 1.2)
+    w = d.exp().clamp(max=1.1)[kept]
+    want = {
+        "num_tokens": kept.sum().double(),
+        "rollout_is_mean": w.mean(),
+        "rollout_is_eff_sample_size": w.mean() ** 2 / w.square().mean(),
+        "rollout_rs_masked_fraction": 1 - kept.double().mean(),
+    }
+    assert list(out.metrics)[-3:] == list(want)[1:]
+    for name, value in want.items():
+        torch.testing.assert_close(out.metrics[name], value, msg=name)
+        assert 0 < value < 50, f"{name}: the case does not reach it"
 
 
 def test_kl_near_zero_does_not_cancel(device):
@@ -713,11 +839,12 @@ def test_kl_near_zero_does_not_cancel(device):
     live = torch.linspace(-3e-4, 3e-4, 4001).to(device)
     zero = torch.zeros_like(live)
     want = live.cpu().double().square().mean() / 2
-    scalars = SCALARS | {"kl_coef": 1.0, "denominator": 1}
+    options = scalars(kl_coef=1.0, denominator=1)
     for kernel in checks.kernels(OP, device):
         if kernel.name == "reference":
             continue
-        out = kernel.forward(zero + live, zero, zero, None, None, zero, None, *scalars.values())
+        tensors = (zero + live, zero, zero, None, None, None, zero, None, None)
+        out = kernel.forward(*tensors, *options, True, False)
         assert out[1][9].item() == pytest.approx(want.item(), rel=1e-4), kernel.name
 
 
@@ -809,7 +936,13 @@ def test_compiles_whole(name):
 @settings(max_examples=80, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 70), max_size=9),
-    name=st.sampled_from(sorted(OBJECTIVES)),
+    name=st.sampled_from(
+        sorted(
+            name
+            for name, o in OBJECTIVES.items()
+            if o.selection is None and o.importance_sampling_level != "segment"
+        )
+    ),
     per_token=st.booleans(),
     padded=st.booleans(),
     narrow=st.booleans(),
@@ -822,8 +955,9 @@ def test_any_segmentation(lengths, name, per_token, padded, narrow, zeros, sprea
     rows, tokens = len(lengths), sum(lengths)
     columns = max(lengths, default=0) + 3
     shape = (rows, columns) if padded else (tokens,)
-    live = torch.randn(shape, generator=random)
-    old = live + spread * torch.randn(shape, generator=random)
+    live = -torch.randn(shape, generator=random).abs() - 0.01
+    old = (live + spread * torch.randn(shape, generator=random)).clamp(max=-0.001)
+    rollout = (old + 0.1 * torch.randn(shape, generator=random)).clamp(max=-0.001)
     ref, entropy = live + 0.3 * torch.randn(shape, generator=random), live.abs()
     a = torch.randn(shape if per_token else (rows,), generator=random)
     if zeros:
@@ -845,16 +979,19 @@ def test_any_segmentation(lengths, name, per_token, padded, narrow, zeros, sprea
         mask=mask,
         objective=objective,
         ref_logprob=ref,
+        rollout_logprob=rollout,
         entropy=entropy,
     )
     (grad,) = torch.autograd.grad(out.loss, x)
-    tensors = (live, old, a, cu_seqlens, mask, ref, entropy)
-    scalars = (*objective.constants, *objective.aggregation, True, False)
+    behind = rollout if objective.needs_rollout else None
+    ref = rollout if objective.kl_against == "rollout" else ref
+    tensors = (live, old, a, cu_seqlens, mask, behind, ref, entropy, None)
+    options = (objective.kinds, objective.numbers, True, False)
     double = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
-    truth, peer = reference.forward(*double, *scalars), reference.forward(*tensors, *scalars)
+    truth, peer = reference.forward(*double, *options), reference.forward(*tensors, *options)
     assert_within_budget("loss", out.loss, truth[0], peer[0])
     assert_within_budget("gradient", grad, truth[2], peer[2])
-    got = torch.stack(list(out.metrics.values()))
+    got = torch.stack([out.metrics.get(name, x.float()) for name, x in zip(op.METRICS, truth[1])])
     # a ratio within rounding of a bound may fall on either side: one token
     slack = 1.01 / max(1, int(truth[1][0]))
     flags = [op.METRICS.index(m) for m in op.METRICS if "clip" in m]
@@ -939,7 +1076,7 @@ def test_bad_padded_input_is_refused_in_one_sentence(change, error, message):
             ValueError,
             r"advantages of shape \(T,\) \(no cu_seqlens\) = \(5,\), got \(2,\)",
         ),
-        ({"objective": "grop"}, ValueError, "cispo, dapo, dr_grpo, grpo, gspo, ppo, got 'grop'"),
+        ({"objective": "grop"}, ValueError, "alp, aspo, .*, vespo, w_reinforce, got 'grop'"),
         (
             {"objective": "dr_grpo"},
             ValueError,
@@ -958,17 +1095,69 @@ def test_bad_packed_input_is_refused_in_one_sentence(change, error, message):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"importance_sampling_level": "word"}, ValueError, "one of sequence, token, got 'word'"),
-        ({"surrogate": "sapo"}, ValueError, "one of clip, detached"),
-        ({"kl_type": "k4"}, ValueError, "one of k1, k2, k3"),
+        ({"importance_sampling_level": "word"}, ValueError, "prefix_min, product, .* got 'word'"),
+        ({"surrogate": "sapo"}, ValueError, "one of balanced, banded, clip, detached"),
+        ({"kl_type": "k4"}, ValueError, r"one of abs, k1, k1\+, k2, k3, k3\+"),
         ({"loss_agg_mode": "mean"}, ValueError, "one of seq-mean-token-mean"),
         ({"epsilon_low": -0.1}, ValueError, "epsilon_low to be at least 0 and finite, got -0.1"),
         ({"epsilon_high": "0.2"}, TypeError, "epsilon_high to be a number, got str"),
         ({"kl_coef": float("nan")}, ValueError, "kl_coef to be at least 0"),
         ({"clip_ratio_c": 1.0}, ValueError, "clip_ratio_c to be above 1"),
         ({"clip_ratio_c": 3.0, "delta": 2.0}, ValueError, "delta to be None with clip_ratio_c"),
-        ({"surrogate": "detached", "delta": 2.0}, ValueError, "where no loss is clipped"),
-        ({"cispo_max_ratio": 5.0}, ValueError, "whose upper bound is 1 \\+ epsilon_high"),
+        ({"surrogate": "detached", "delta": 2.0}, ValueError, "'detached', which does not read it"),
+        ({"cispo_max_ratio": 5.0}, ValueError, "surrogate='clip', which does not read it"),
+        ({"surrogate": "soft_gate", "epsilon_low": 0.1}, ValueError, "which does not read it"),
+        ({"tau_pos": 1.0}, ValueError, "surrogate='clip': it is an option of 'soft_gate'"),
+        ({"surrogate": "regression"}, ValueError, "dro_beta with .*, which has no default"),
+        (
+            {"surrogate": "banded", "fspo_c": 1},
+            ValueError,
+            "level to be 'product' with surrogate='banded'",
+        ),
+        (
+            {"surrogate": "hazard", "importance_sampling_level": "product"},
+            ValueError,
+            "surrogate to be one of clip, detached, gamma_weight, banded",
+        ),
+        ({"rollout_is": "word"}, ValueError, "one of geometric, sequence, token"),
+        ({"rollout_is_threshold": 2.0}, ValueError, "to be None without rollout_is"),
+        (
+            {"rollout_is": "token", "rollout_is_low": 3.0, "rollout_is_threshold": 2.0},
+            ValueError,
+            "at most rollout_is_threshold",
+        ),
+        ({"rollout_rs": "token_k1"}, ValueError, "'low_high' or one number above 0 for token_k1"),
+        (
+            {"rollout_rs": "token_k1,token_k2", "rollout_rs_threshold": "2,1"},
+            ValueError,
+            "one token and one sequence statistic",
+        ),
+        (
+            {"rollout_rs": "token_k1,seq_sum_k2", "rollout_rs_threshold": "2"},
+            ValueError,
+            "as many bounds",
+        ),
+        (
+            {"rollout_rs": "seq_max_k1", "rollout_rs_threshold": "2"},
+            ValueError,
+            "seq_max_k2 or seq_max_k3",
+        ),
+        ({"rollout_rs": "word_k1", "rollout_rs_threshold": "2"}, ValueError, "of token_k1..k3"),
+        ({"rollout_rs_threshold": 2.0}, ValueError, "None without rollout_rs"),
+        ({"count_rejected": True}, ValueError, "False without rollout_rs"),
+        ({"selection": "entropy_above"}, ValueError, "entropy_threshold with .* no default"),
+        ({"clip_cov_ub": 2.0}, ValueError, "it is an option of 'clip_cov'"),
+        ({"selection": "kl_cov", "kl_coef": 0.1}, ValueError, "takes the place of the KL"),
+        (
+            {"use_bias_correction_kl": True, "importance_sampling_level": "prefix_min"},
+            ValueError,
+            "use_bias_correction_kl to be False",
+        ),
+        (
+            {"use_bias_correction_kl": True, "kl_type": "k3+"},
+            ValueError,
+            "both correct the gradient",
+        ),
         (
             {"surrogate": "detached", "cispo_max_ratio": 5.0},
             ValueError,
@@ -989,17 +1178,18 @@ def test_presets():
     assert preset("grpo", beta=0.04) == preset("grpo", kl_coef=0.04)
     with pytest.raises(ValueError, match="two names of one number"):
         preset("grpo", beta=0.04, kl_coef=0.1)
-    with pytest.raises(TypeError, match="no field epsilon; the fields are importance_sampling"):
-        preset("grpo", epsilon=0.1)
+    with pytest.raises(TypeError, match="no field epsilom; the fields are importance_sampling"):
+        preset("grpo", epsilom=0.1)
     assert preset("dapo") == PolicyObjective(epsilon_high=0.28)
-    assert preset("gspo").constants[:4] == (True, 0, 1 - 3e-4, 1 + 4e-4)
-    assert preset("cispo").constants[1:4] == (1, -math.inf, 5.0)
+    assert preset("gspo").kinds.level == 1
+    assert preset("gspo").numbers[:2] == (1 - 3e-4, 1 + 4e-4)
+    assert preset("cispo").numbers[:2] == (-math.inf, 5.0)
     assert hash(preset("ppo")) == hash(PolicyObjective())
     changed = replace(preset("ppo"), clip_ratio_c=2.5)
-    assert changed.constants[4] == 2.5
+    assert changed.numbers.p2 == 2.5
     # TRL's delta: the tighter bound for A > 0, the looser for A < 0
-    assert preset("ppo", delta=1.1).constants[3:5] == (1.1, 1.2)
-    assert preset("ppo", delta=4.0).constants[3:5] == (1.2, 4.0)
+    assert preset("ppo", delta=1.1).numbers[1:3] == (1.1, 1.2)
+    assert preset("ppo", delta=4.0).numbers[1:3] == (1.2, 4.0)
 
 
 # --- C++ ----------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from rlkern import _check
-from rlkern.ops.policy_loss.objective import NOTHING, PolicyObjective
+from rlkern.ops.policy_loss.objective import PolicyObjective
 from rlkern.ops.policy_loss.op import METRICS, PolicyLoss
+from rlkern.ops.policy_loss.reference import NOTHING
+from rlkern.ops.policy_loss.selection import select
 
 _OP = "policy_loss"
 
@@ -28,7 +30,9 @@ def policy_loss(
     mask: Tensor | None = None,
     objective: str | PolicyObjective = "grpo",
     ref_logprob: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
     entropy: Tensor | None = None,
+    cu_segments: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> PolicyLossOutput:
     """Clipped, detached or sequence-level policy loss, with KL and entropy terms and metrics.
@@ -57,10 +61,14 @@ def policy_loss(
             devices tokens outside of all sequences are ignored.
         mask: (B, L) bool, True where a token counts; all count without it. Masked slots may
             hold anything, NaN included, and get a gradient of exactly 0.
-        objective: a preset's name (ppo, grpo, dapo, dr_grpo, gspo, cispo) or a PolicyObjective.
+        objective: a preset's name (docs/objectives.md has them all) or a PolicyObjective.
         ref_logprob: same shape as logprob; needed where kl_coef is not 0. Without kl_coef it
             only adds the metric.
-        entropy: same shape; needed where entropy_coef is not 0, likewise.
+        rollout_logprob: same shape: those of the engine that sampled. Needed by ratio_anchor=
+            "rollout", rollout_is, rollout_rs and off_policy_mask_threshold, ignored otherwise.
+        entropy: same shape; needed where entropy_coef is not 0 or tokens are chosen by it.
+        cu_segments: (K + 1,), like cu_seqlens: items inside the sequences, for
+            importance_sampling_level="segment" alone, packed.
         normalizer: the number of tokens (token-mean) or of sequences (seq-mean-*) of the whole
             batch, over all micro-batches and ranks, in place of the count in this call: the
             losses and gradients of the parts then add up to those of the whole. A 0-d tensor
@@ -72,12 +80,16 @@ def policy_loss(
             num_tokens
             pg_clipfrac          tokens whose loss the clip range changed (verl; TRL
                                  clip_ratio/region_mean)
-            pg_clipfrac_lower    tokens at the dual clip (verl)
+            pg_clipfrac_lower    tokens at the dual clip, or at the bound of the weight (verl)
             clip_ratio/low_mean, clip_ratio/high_mean   pg_clipfrac by side (TRL)
             ppo_kl               mean of old_logprob - logprob (verl), clamped like the ratio
             ratio_mean, ratio_min, ratio_max            of the ratio that is clipped
             kl                   estimate kl_type against ref_logprob, when given
             entropy              when given
+            rollout_is_mean, rollout_is_eff_sample_size   of the correction, as a share of the
+                                 tokens; with rollout_logprob
+            rollout_rs_masked_fraction   tokens that rollout_rs rejects, which no other metric
+                                 counts; with rollout_logprob
         With surrogate="detached" the clip metrics count ratios outside the bounds whatever the
         sign of the advantage.
 
@@ -99,16 +111,18 @@ def policy_loss(
         _check_padded(logprob, advantages, cu_seqlens, mask)
     else:
         _check_packed(logprob, advantages, cu_seqlens, mask, objective)
-    for name, value, option in (
-        ("ref_logprob", ref_logprob, "kl_coef"),
-        ("entropy", entropy, "entropy_coef"),
+    for name, value, needed in (
+        ("ref_logprob", ref_logprob, objective.needs_reference),
+        ("rollout_logprob", rollout_logprob, objective.needs_rollout),
+        ("entropy", entropy, objective.needs_entropy),
     ):
         if value is not None:
             _check_tokens(name, value, logprob)
-        elif getattr(objective, option) != 0:
-            reason = f"of shape {tuple(logprob.shape)} with {option}={getattr(objective, option)}"
+        elif needed:
+            reason = f"of shape {tuple(logprob.shape)} with {objective.reason(name)}"
             _check.fail(_OP, name, reason, None)
-    denominator, divide_by_length, scale = objective.aggregation
+    _check_segments(logprob, cu_segments, objective)
+    denominator, scale = objective.kinds.denominator, objective.numbers.scale
     if normalizer is not None:
         if denominator == NOTHING:
             reason = "to be None with loss_agg_mode='token-sum' ('token-mean' divides by it)"
@@ -122,23 +136,34 @@ def policy_loss(
             scale = scale / normalizer
 
     kind = torch.float64 if logprob.dtype == torch.float64 else torch.float32
+    live, old, h = _plain(logprob, kind), _plain(old_logprob, kind), _plain(entropy, kind)
+    advantages, rollout = _plain(advantages, kind), _plain(rollout_logprob, kind)
+    ref = {"ref": _plain(ref_logprob, kind), "old": old, "rollout": rollout}[objective.kl_against]
+    if objective.selection is not None:
+        advantages, penalised = select(objective, live, old, advantages, cu_seqlens, mask, h)
+        advantages, ref = advantages.contiguous(), ref if penalised is None else penalised
     loss, metrics = PolicyLoss.apply(
-        _plain(logprob, kind),
-        _plain(entropy, kind),
-        _plain(old_logprob, kind),
-        _plain(advantages, kind),
+        live,
+        h,
+        old,
+        advantages,
         _plain(cu_seqlens, None),
         _plain(mask, None),
-        _plain(ref_logprob, kind),
-        (*objective.constants, denominator, divide_by_length, scale),
+        rollout if objective.needs_rollout else None,
+        ref,
+        _plain(cu_segments, None),
+        list(objective.kinds._replace(denominator=denominator)),
+        list(objective.numbers._replace(scale=scale)),
     )
     if isinstance(normalizer, Tensor):
         loss = loss / normalizer
     named = dict(zip(METRICS, metrics.unbind()))
-    if ref_logprob is None:
+    if ref is None:
         del named["kl"]
     if entropy is None:
         del named["entropy"]
+    if not objective.needs_rollout:
+        named = {name: value for name, value in named.items() if "rollout" not in name}
     return PolicyLossOutput(loss, named)
 
 
@@ -206,17 +231,37 @@ def _check_packed(
             _check.fail(_OP, "cu_seqlens", reason, None)
         _check_advantages(advantages, logprob, ((tokens,),), "(T,) (no cu_seqlens)")
         return
-    _check.tensor(_OP, "cu_seqlens", cu_seqlens)
-    _check.dtype(_OP, "cu_seqlens", cu_seqlens, _check.INTEGERS)
-    _check.ndim(_OP, "cu_seqlens", cu_seqlens, "(S+1,)")
-    if cu_seqlens.shape[0] == 0:
-        _check.fail(_OP, "cu_seqlens", "of shape (S + 1,), S >= 0", (0,))
-    _check.same_device(_OP, "cu_seqlens", cu_seqlens, "logprob", logprob.device)
-    if cu_seqlens.is_cpu and not torch.compiler.is_compiling():
-        # elsewhere reading the values would stall the device
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
-            got = bounds if len(bounds) <= 8 else f"{str(bounds[:4])[:-1]}, ..., {bounds[-1]}]"
-            _check.fail(_OP, "cu_seqlens", f"to rise from 0 to T = {tokens}", got)
+    _check_offsets("cu_seqlens", cu_seqlens, logprob)
     sequences = cu_seqlens.shape[0] - 1
     _check_advantages(advantages, logprob, ((sequences,), (tokens,)), "(S,) or (T,)")
+
+
+def _check_offsets(name: str, offsets: Tensor, logprob: Tensor) -> None:
+    symbol = "S" if name == "cu_seqlens" else "K"
+    _check.tensor(_OP, name, offsets)
+    _check.dtype(_OP, name, offsets, _check.INTEGERS)
+    _check.ndim(_OP, name, offsets, f"({symbol}+1,)")
+    if offsets.shape[0] == 0:
+        _check.fail(_OP, name, f"of shape ({symbol} + 1,), {symbol} >= 0", (0,))
+    _check.same_device(_OP, name, offsets, "logprob", logprob.device)
+    if offsets.is_cpu and not torch.compiler.is_compiling():
+        # elsewhere reading the values would stall the device
+        tokens, bounds = logprob.shape[0], offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+            got = bounds if len(bounds) <= 8 else f"{str(bounds[:4])[:-1]}, ..., {bounds[-1]}]"
+            _check.fail(_OP, name, f"to rise from 0 to T = {tokens}", got)
+
+
+def _check_segments(
+    logprob: Tensor, cu_segments: Tensor | None, objective: PolicyObjective
+) -> None:
+    level = objective.importance_sampling_level
+    if (level == "segment") != (cu_segments is not None):
+        wanted = "of shape (K + 1,)" if level == "segment" else "to be None"
+        got = None if cu_segments is None else tuple(getattr(cu_segments, "shape", ()))
+        _check.fail(_OP, "cu_segments", f"{wanted} with importance_sampling_level={level!r}", got)
+    if cu_segments is None:
+        return
+    if logprob.ndim != 1:
+        _check.fail(_OP, "logprob", "of shape (T,) with cu_segments", tuple(logprob.shape))
+    _check_offsets("cu_segments", cu_segments, logprob)

@@ -19,6 +19,9 @@ METRICS = (
     "ratio_max",
     "kl",
     "entropy",
+    "rollout_is_mean",
+    "rollout_is_eff_sample_size",
+    "rollout_rs_masked_fraction",
 )
 
 
@@ -35,11 +38,9 @@ def _fake(logprob, *rest):
 
 _library.define(
     "policy_loss_fwd(Tensor logprob, Tensor old_logprob, Tensor advantages, Tensor? cu_seqlens, "
-    "Tensor? mask, Tensor? ref_logprob, Tensor? entropy, bool sequence_level, int surrogate, "
-    "float ratio_low, float ratio_high, float ratio_cap, float log_ratio_clamp, int kl_type, "
-    "float kl_coef, float kl_input_clamp, float kl_output_clamp, float entropy_coef, "
-    "int denominator, bool divide_by_length, float scale, bool want_grad, "
-    "bool want_entropy_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? mask, Tensor? rollout_logprob, Tensor? ref_logprob, Tensor? entropy, "
+    "Tensor? cu_segments, int[] kinds, float[] numbers, bool want_grad, bool want_entropy_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 _library.fill("policy_loss_fwd", reference.forward, "rlkern.ops.policy_loss.triton:forward")
@@ -53,18 +54,14 @@ class PolicyLoss(torch.autograd.Function):
         ctx,
         logprob: Tensor,
         entropy: Tensor | None,
-        old_logprob: Tensor,
-        advantages: Tensor,
-        cu_seqlens: Tensor | None,
-        mask: Tensor | None,
-        ref_logprob: Tensor | None,
-        constants: tuple,
+        *rest,
     ):
         # float64 is for checking formulas: the reference alone computes in it
         double = logprob.dtype == torch.float64
         run = reference.forward if double else torch.ops.rlkern.policy_loss_fwd
-        tensors = (logprob, old_logprob, advantages, cu_seqlens, mask, ref_logprob, entropy)
-        loss, metrics, *grads = run(*tensors, *constants, *ctx.needs_input_grad[:2])
+        old, advantages, cu_seqlens, mask, rollout, ref, cu_segments, kinds, numbers = rest
+        tensors = (logprob, old, advantages, cu_seqlens, mask, rollout, ref, entropy, cu_segments)
+        loss, metrics, *grads = run(*tensors, kinds, numbers, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
@@ -74,9 +71,9 @@ class PolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 11
         grads = [
             coefficient * grad_loss if wanted else None
             for coefficient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad)
         ]
-        return (*grads, *(None,) * 6)
+        return (*grads, *(None,) * 9)

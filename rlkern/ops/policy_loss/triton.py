@@ -1,26 +1,97 @@
 """Triton kernels of `policy_loss`: statistics of sequences where needed, tokens in blocks, sums.
 
-No atomics: blocks of a fixed size write partial sums, which the last kernel adds in order.
+No atomics: blocks of a fixed size write partial sums, which the last kernel adds in order. What
+each computes stands in reference.py; the surrogates in triton_surrogates.py.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkern.ops.policy_loss.triton_surrogates import BANDED, CLIP, GEOMETRIC, bounded, surrogate
+
 BLOCK = 1024
 # A program walks a whole sequence: long blocks, so that 128 k tokens take 32 steps.
 SEQUENCE_BLOCK = 4096
 # Partial sums of one block of tokens, padded to a power of two.
 COLUMNS = tl.constexpr(16)
-LOSS, TOKENS, LOW, HIGH, CAPPED, OLD_KL, RATIO, KL, ENTROPY, LEAST, MOST = (
-    tl.constexpr(i) for i in range(11)
-)
-NUM_METRICS = 11
+(
+    LOSS,
+    TOKENS,
+    LOW,
+    HIGH,
+    CAPPED,
+    OLD_KL,
+    RATIO,
+    KL,
+    ENTROPY,
+    WEIGHT,
+    WEIGHT_SQUARE,
+    PRESENT,
+    LEAST,
+    MOST,
+) = (tl.constexpr(i) for i in range(14))
+NUM_METRICS = 14
 MERGE_ROWS = 64
+# Numbers of one sequence.
+STATISTIC, CORRECTION, DRIFTED, KL_MEAN = (tl.constexpr(i) for i in range(4))
+NUM_STATS = tl.constexpr(4)
 
-CLIP = tl.constexpr(0)
 BY_TOKENS, BY_FILLED, BY_ALL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+BY_SEQUENCE, BY_PRODUCT, BY_MIN, BY_MEAN = (tl.constexpr(i) for i in range(1, 5))
+OF_TOKEN, OF_SEQUENCE, GEOMETRIC_MEAN = (tl.constexpr(i) for i in range(1, 4))
+MEAN, MAX = tl.constexpr(2), tl.constexpr(3)
+K1, K2, K3, ABS, K1_PLUS, K3_PLUS = (tl.constexpr(i) for i in range(6))
+
+
+class Kinds(NamedTuple):
+    """The schema's `kinds`, in its order."""
+
+    surrogate: int
+    level: int
+    from_rollout: int
+    correction: int
+    correction_masks: int
+    token_rejection: int
+    sequence_rejection: int
+    rejection_reduction: int
+    count_rejected: int
+    kl_type: int
+    kl_times_ratio: int
+    denominator: int
+    divide_by_length: int
+
+
+class Numbers(NamedTuple):
+    """The schema's `numbers`, in its order."""
+
+    p0: float
+    p1: float
+    p2: float
+    p3: float
+    p4: float
+    p5: float
+    log_ratio_clamp: float
+    correction_low: float
+    correction_high: float
+    token_rejection_low: float
+    token_rejection_high: float
+    sequence_rejection_low: float
+    sequence_rejection_high: float
+    off_policy_limit: float
+    kl_coef: float
+    kl_input_clamp: float
+    kl_output_clamp: float
+    entropy_coef: float
+    entropy_low: float
+    entropy_high: float
+    entropy_low_coef: float
+    entropy_high_coef: float
+    scale: float
 
 
 @triton.jit
@@ -35,41 +106,219 @@ def _start(cu_seqlens, i, row_length, num_tokens):
 
 
 @triton.jit
+def _exp_minus_linear(x):
+    """exp(x) - 1 - x; near 0, where that cancels, the series of exp from x^2 on."""
+    p = x * 1.9875691500e-4 + 1.3981999507e-3
+    p = p * x + 8.3334519073e-3
+    p = p * x + 4.1665795894e-2
+    p = p * x + 1.6666665459e-1
+    p = p * x + 5.0000001201e-1
+    return tl.where(x * x < 0.1156, p * x * x, tl.exp(x) - 1.0 - x)
+
+
+@triton.jit
+def _kl(delta, input_clamp, output_clamp, KL_TYPE: tl.constexpr):
+    """Estimate and derivative, 0 beyond a clamp: csrc/include/rlkern/math/policy_kl.h."""
+    whole = delta
+    outside = (delta > input_clamp) | (delta < -input_clamp)
+    delta = bounded(delta, -input_clamp, input_clamp)
+    value = delta
+    grad = tl.full(delta.shape, 1.0, tl.float32)
+    if KL_TYPE == K2:
+        value = 0.5 * delta * delta
+        grad = delta
+    elif KL_TYPE == ABS:
+        value = tl.abs(delta)
+        grad = tl.where(delta > 0, 1.0, 0.0) - tl.where(delta < 0, 1.0, 0.0)
+    elif (KL_TYPE == K3) | (KL_TYPE == K3_PLUS):
+        value = _exp_minus_linear(-delta)
+        grad = delta - value
+    outside = outside | (value > output_clamp) | (value < -output_clamp)
+    grad = tl.where(outside, 0.0, grad)
+    if (KL_TYPE == K1_PLUS) | (KL_TYPE == K3_PLUS):
+        grad = whole
+    return bounded(value, -output_clamp, output_clamp), grad
+
+
+@triton.jit
+def _correction(d, low, high, clamp, MASKS: tl.constexpr):
+    w = tl.exp(bounded(d, -clamp, clamp))
+    if MASKS:
+        return tl.where((w < low) | (w > high), 0.0, w)
+    return bounded(w, low, high)
+
+
+@triton.jit
+def _rejection(d, clamp, METRIC: tl.constexpr):
+    """k1, k2 or k3 of d = old_logprob - rollout_logprob."""
+    d = bounded(d, -clamp, clamp)
+    if METRIC == 1:
+        return -d
+    if METRIC == 2:
+        return 0.5 * d * d
+    return _exp_minus_linear(d)
+
+
+@triton.jit
+def _least(a, b):
+    return tl.where((b < a) | (b != b), b, a)
+
+
+@triton.jit
 def _sequence_kernel(
     logprob,
+    anchor,
     old_logprob,
+    advantages,
     cu_seqlens,
     mask,
+    rollout_logprob,
+    ref_logprob,
     lengths,
-    log_ratios,
+    stats,
+    prefixes,
     row_length,
     num_tokens,
-    SEQUENCE_LEVEL: tl.constexpr,
+    p0,
+    p1,
+    log_ratio_clamp,
+    correction_low,
+    correction_high,
+    token_rejection_low,
+    token_rejection_high,
+    sequence_rejection_low,
+    sequence_rejection_high,
+    off_policy_limit,
+    kl_input_clamp,
+    kl_output_clamp,
+    PER_TOKEN: tl.constexpr,
+    IS_GEOMETRIC: tl.constexpr,
+    LEVEL: tl.constexpr,
+    CORRECTION_KIND: tl.constexpr,
+    CORRECTION_MASKS: tl.constexpr,
+    TOKEN_REJECTION: tl.constexpr,
+    SEQUENCE_REJECTION: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    READS_ROLLOUT: tl.constexpr,
+    KL_TYPE: tl.constexpr,
+    COUPLES_KL: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Of one sequence: the tokens that count, and the mean of logprob - old_logprob over them."""
+    """Of one sequence: the tokens that count and that are kept, and its statistics; of each of
+    its tokens the statistic of the prefix."""
     i = tl.program_id(0)
     begin = _start(cu_seqlens, i, row_length, num_tokens)
     end = _start(cu_seqlens, i + 1, row_length, num_tokens)
-    total = tl.zeros((BLOCK_T,), tl.float32)
     number = tl.zeros((BLOCK_T,), tl.int32)
+    kept = tl.zeros((BLOCK_T,), tl.int32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    mismatch = tl.zeros((BLOCK_T,), tl.float32)
+    drift = tl.zeros((BLOCK_T,), tl.float32)
+    rejection = tl.zeros((BLOCK_T,), tl.float32)
+    kl_total = tl.zeros((BLOCK_T,), tl.float32)
+    most = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    # of the prefix: the least x, or the sum of x and the number of tokens
+    carry = tl.full((1,), float("inf"), tl.float32)
+    carry_sum = tl.zeros((1,), tl.float64)
+    carry_count = tl.zeros((1,), tl.int32)
     for base in range(begin, end, BLOCK_T):
         position = base + tl.arange(0, BLOCK_T)
         counts = position < end
         if mask is not None:
             counts = counts & (tl.load(mask + position, mask=counts, other=0) != 0)
+        keeps = counts
         number += counts.to(tl.int32)
-        if SEQUENCE_LEVEL:
-            x = tl.load(logprob + position, mask=counts, other=0.0)
-            total += x - tl.load(old_logprob + position, mask=counts, other=0.0)
+        live = tl.load(logprob + position, mask=counts, other=0.0)
+        if READS_ROLLOUT:
+            rollout = tl.load(rollout_logprob + position, mask=counts, other=0.0)
+            d = tl.load(old_logprob + position, mask=counts, other=0.0) - rollout
+            mismatch += d
+            drift += rollout - live
+            if SEQUENCE_REJECTION != 0:
+                value = _rejection(d, log_ratio_clamp, SEQUENCE_REJECTION)
+                rejection += value
+                most = tl.where(counts & (value > most), value, most)
+            if TOKEN_REJECTION != 0:
+                value = _rejection(d, log_ratio_clamp, TOKEN_REJECTION)
+                out = (value < token_rejection_low) | (value > token_rejection_high)
+                keeps = keeps & (out == 0)
+        kept += keeps.to(tl.int32)
+        if COUPLES_KL:
+            delta = live - tl.load(ref_logprob + position, mask=counts, other=0.0)
+            kl, _ = _kl(delta, kl_input_clamp, kl_output_clamp, KL_TYPE)
+            kl_total += tl.where(keeps, kl, 0.0)
+        if LEVEL != 0:
+            x = live - tl.load(anchor + position, mask=counts, other=0.0)
+            if IS_GEOMETRIC:
+                if PER_TOKEN:
+                    a = tl.load(advantages + position, mask=counts, other=0.0)
+                else:
+                    a = tl.load(advantages + i) + tl.zeros((BLOCK_T,), tl.float32)
+                x = tl.where((a > 0) & (x > p1), p1, tl.where((a < 0) & (x < p0), p0, x))
+                x = tl.where(a == 0, 0.0, x)
+            if LEVEL == BY_MIN:
+                # what stands before a token: the scan of x moved by one
+                earlier = (position > base) & (position <= end)
+                if mask is not None:
+                    seen = tl.load(mask + position - 1, mask=earlier, other=0) != 0
+                    earlier = earlier & seen
+                before = tl.load(logprob + position - 1, mask=earlier, other=0.0)
+                before = before - tl.load(anchor + position - 1, mask=earlier, other=0.0)
+                before = tl.where(earlier, before, float("inf"))
+                scanned = _least(carry, tl.associative_scan(before, 0, _least))
+                value = tl.where(scanned == float("inf"), x, x + scanned)
+                tl.store(prefixes + position, value, mask=counts)
+                smallest = tl.min(tl.where(counts, x, float("inf")), 0)
+                lost = tl.max((x != x).to(tl.int32), 0) > 0
+                smallest = tl.where(lost, float("nan"), smallest)
+                carry = _least(carry, tl.zeros((1,), tl.float32) + smallest)
+            elif LEVEL == BY_MEAN:
+                so_far = carry_sum + tl.cumsum(x.to(tl.float64), 0)
+                count = carry_count + tl.cumsum(counts.to(tl.int32), 0)
+                value = so_far / tl.maximum(count, 1).to(tl.float64)
+                tl.store(prefixes + position, value.to(tl.float32), mask=counts)
+                carry_sum += tl.sum(x.to(tl.float64), 0)
+                carry_count += tl.sum(counts.to(tl.int32), 0)
+            else:
+                total += x
     length = tl.sum(number, 0)
-    tl.store(lengths + i, length)
-    if SEQUENCE_LEVEL:
-        tl.store(log_ratios + i, tl.sum(total, 0) / tl.maximum(length, 1).to(tl.float32))
+    keep = tl.sum(kept, 0)
+    count = tl.maximum(length, 1).to(tl.float32)
+    if SEQUENCE_REJECTION != 0:
+        value = tl.sum(rejection, 0)
+        if REDUCTION == MEAN:
+            value = value / count
+        if REDUCTION == MAX:
+            value = tl.max(most, 0)
+        out = (value < sequence_rejection_low) | (value > sequence_rejection_high)
+        keep = tl.where(out, 0, keep)
+    tl.store(lengths + 2 * i, length)
+    tl.store(lengths + 2 * i + 1, keep)
+    out = stats + i.to(tl.int64) * NUM_STATS
+    statistic = tl.sum(total, 0)
+    if LEVEL == BY_SEQUENCE:
+        statistic = statistic / count
+    tl.store(out + STATISTIC, statistic)
+    if (CORRECTION_KIND == OF_SEQUENCE) | (CORRECTION_KIND == GEOMETRIC_MEAN):
+        d = tl.sum(mismatch, 0)
+        if CORRECTION_KIND == GEOMETRIC_MEAN:
+            d = d / count
+        weight = _correction(d, correction_low, correction_high, log_ratio_clamp, CORRECTION_MASKS)
+        tl.store(out + CORRECTION, weight)
+    tl.store(out + DRIFTED, (tl.sum(drift, 0) / count > off_policy_limit).to(tl.float32))
+    tl.store(out + KL_MEAN, tl.sum(kl_total, 0) / count)
 
 
 @triton.jit
-def _divisor(lengths, cu_seqlens, row_length, num_tokens, num_sequences, DENOMINATOR: tl.constexpr):
+def _divisor(
+    lengths,
+    cu_seqlens,
+    row_length,
+    num_tokens,
+    num_sequences,
+    COLUMN: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
+):
     """What the weighted losses are divided by: every program counts for itself, S reads from L2."""
     if DENOMINATOR == BY_ALL:
         return tl.maximum(num_sequences, 1).to(tl.float32)
@@ -78,7 +327,7 @@ def _divisor(lengths, cu_seqlens, row_length, num_tokens, num_sequences, DENOMIN
         i = base + tl.arange(0, 256)
         present = i < num_sequences
         if lengths is not None:
-            length = tl.load(lengths + i, mask=present, other=0).to(tl.int64)
+            length = tl.load(lengths + 2 * i + COLUMN, mask=present, other=0).to(tl.int64)
         elif cu_seqlens is not None:
             begin = tl.load(cu_seqlens + i, mask=present, other=0).to(tl.int64)
             end = tl.load(cu_seqlens + i + 1, mask=present, other=0).to(tl.int64)
@@ -94,91 +343,79 @@ def _divisor(lengths, cu_seqlens, row_length, num_tokens, num_sequences, DENOMIN
 
 
 @triton.jit
-def _bounded(x, low, high):
-    # written as selects, not minimum and maximum: a NaN must get through
-    x = tl.where(x < low, low, x)
-    return tl.where(x > high, high, x)
-
-
-@triton.jit
-def _clipped(r, outside, advantage, low, high, cap):
-    """-min(r A, clip(r) A), at most -cap A for A < 0: csrc/include/rlkern/math/policy_ratio.h."""
-    up, down = advantage > 0, advantage < 0
-    above, below, past = up & (r > high), down & (r < low), down & (r > cap)
-    u = tl.where(above, high, tl.where(below, low, tl.where(past, cap, r)))
-    k = tl.where(above | below | past | outside, 0.0, r)
-    idle = advantage == 0
-    loss = tl.where(idle, 0.0, -advantage * u)
-    return loss, tl.where(idle, 0.0, -advantage * k), below, above, past
-
-
-@triton.jit
-def _detached(r, logprob, advantage, low, high):
-    """-sg[clip(r)] A logprob."""
-    weight = _bounded(r, low, high)
-    idle = advantage == 0
-    grad = tl.where(idle, 0.0, -advantage * weight)
-    return tl.where(idle, 0.0, grad * logprob), grad, r < low, r > high, r != r
-
-
-@triton.jit
-def _kl(delta, input_clamp, output_clamp, KL_TYPE: tl.constexpr):
-    """Estimate and derivative, 0 beyond a clamp: csrc/include/rlkern/math/policy_kl.h."""
-    outside = (delta > input_clamp) | (delta < -input_clamp)
-    delta = _bounded(delta, -input_clamp, input_clamp)
-    value = delta
-    grad = tl.full(delta.shape, 1.0, tl.float32)
-    if KL_TYPE == 2:
-        value = 0.5 * delta * delta
-        grad = delta
-    elif KL_TYPE == 3:
-        # exp(x) - 1 - x cancels near 0: there the series of exp from x^2 on
-        x = -delta
-        p = x * 1.9875691500e-4 + 1.3981999507e-3
-        p = p * x + 8.3334519073e-3
-        p = p * x + 4.1665795894e-2
-        p = p * x + 1.6666665459e-1
-        p = p * x + 5.0000001201e-1
-        value = tl.where(x * x < 0.1156, p * x * x, tl.exp(x) - 1.0 - x)
-        grad = delta - value
-    outside = outside | (value > output_clamp) | (value < -output_clamp)
-    return _bounded(value, -output_clamp, output_clamp), tl.where(outside, 0.0, grad)
+def _find(offsets, position, num, STEPS: tl.constexpr):
+    """The last sequence that begins at or before the token."""
+    found = tl.zeros(position.shape, tl.int64)
+    beyond = found + num
+    for _ in range(STEPS):
+        middle = (found + beyond) // 2
+        starts_before = tl.load(offsets + middle).to(tl.int64) <= position
+        found = tl.where(starts_before, middle, found)
+        beyond = tl.where(starts_before, beyond, middle)
+    return found
 
 
 @triton.jit
 def _token_kernel(
     logprob,
+    anchor,
     old_logprob,
     advantages,
     cu_seqlens,
     mask,
+    rollout_logprob,
     ref_logprob,
     entropy,
+    cu_segments,
     lengths,
-    log_ratios,
+    stats,
+    segment_stats,
+    prefixes,
     grad,
     grad_entropy,
     partials,
     num_tokens,
     num_sequences,
+    num_segments,
     row_length,
-    ratio_low,
-    ratio_high,
-    ratio_cap,
+    p0,
+    p1,
+    p2,
+    p3,
+    p4,
+    p5,
     log_ratio_clamp,
+    correction_low,
+    correction_high,
+    token_rejection_low,
+    token_rejection_high,
     kl_coef,
     kl_input_clamp,
     kl_output_clamp,
     entropy_coef,
+    entropy_low,
+    entropy_high,
+    entropy_low_coef,
+    entropy_high_coef,
     scale,
     PER_TOKEN: tl.constexpr,
     SURROGATE: tl.constexpr,
+    LEVEL: tl.constexpr,
+    FROM_ROLLOUT: tl.constexpr,
+    CORRECTION_KIND: tl.constexpr,
+    CORRECTION_MASKS: tl.constexpr,
+    LIMITS_DRIFT: tl.constexpr,
+    TOKEN_REJECTION: tl.constexpr,
+    SEQUENCE_REJECTION: tl.constexpr,
+    COUNT_REJECTED: tl.constexpr,
     KL_TYPE: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
     HAS_KL_LOSS: tl.constexpr,
     HAS_ENTROPY_LOSS: tl.constexpr,
     DENOMINATOR: tl.constexpr,
     DIVIDE_BY_LENGTH: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
+    SEGMENT_STEPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
@@ -188,16 +425,9 @@ def _token_kernel(
     if mask is not None:
         counts = counts & (tl.load(mask + position, mask=in_range, other=0) != 0)
 
-    # the last sequence that begins at or before the token
-    sequence = tl.zeros((BLOCK_T,), tl.int64)
     length = tl.full((BLOCK_T,), 0, tl.int64) + row_length
     if cu_seqlens is not None:
-        beyond = sequence + num_sequences
-        for _ in range(SEARCH_STEPS):
-            middle = (sequence + beyond) // 2
-            starts_before = tl.load(cu_seqlens + middle).to(tl.int64) <= position
-            sequence = tl.where(starts_before, middle, sequence)
-            beyond = tl.where(starts_before, beyond, middle)
+        sequence = _find(cu_seqlens, position, num_sequences, SEARCH_STEPS)
         begin = tl.load(cu_seqlens + sequence).to(tl.int64)
         end = tl.load(cu_seqlens + sequence + 1).to(tl.int64)
         # tokens before the first sequence or after the last do not count
@@ -205,66 +435,138 @@ def _token_kernel(
         length = tl.minimum(end, num_tokens) - tl.maximum(begin, 0)
     else:
         sequence = tl.where(in_range, position // row_length, 0)
+    all_tokens = length
+    column: tl.constexpr = 0 if COUNT_REJECTED else 1
+    present = tl.sum(counts.to(tl.float32), 0)
     if lengths is not None:
-        length = tl.load(lengths + sequence, mask=counts, other=1).to(tl.int64)
+        all_tokens = tl.load(lengths + 2 * sequence, mask=counts, other=1).to(tl.int64)
+        length = tl.load(lengths + 2 * sequence + column, mask=counts, other=1).to(tl.int64)
+        if SEQUENCE_REJECTION != 0:
+            kept = tl.load(lengths + 2 * sequence + 1, mask=counts, other=0)
+            counts = counts & (kept > 0)
+
+    # masked slots may hold NaN or inf: they are not read
+    live = tl.load(logprob + position, mask=counts, other=0.0)
+    before = tl.load(old_logprob + position, mask=counts, other=0.0)
+    old = before
+    if FROM_ROLLOUT:
+        old = tl.load(anchor + position, mask=counts, other=0.0)
+    weight_of_token = tl.full((BLOCK_T,), 1.0, tl.float32)
+    if rollout_logprob is not None:
+        d = before - tl.load(rollout_logprob + position, mask=counts, other=0.0)
+        if TOKEN_REJECTION != 0:
+            value = _rejection(d, log_ratio_clamp, TOKEN_REJECTION)
+            out = (value < token_rejection_low) | (value > token_rejection_high)
+            counts = counts & (out == 0)
+        if CORRECTION_KIND == OF_TOKEN:
+            weight_of_token = _correction(
+                d, correction_low, correction_high, log_ratio_clamp, CORRECTION_MASKS
+            )
+        elif CORRECTION_KIND != 0:
+            weight_of_token = tl.load(
+                stats + sequence * NUM_STATS + CORRECTION, mask=counts, other=1.0
+            )
 
     if DENOMINATOR != 0:
         scale = scale / _divisor(
-            lengths, cu_seqlens, row_length, num_tokens, num_sequences, DENOMINATOR
+            lengths, cu_seqlens, row_length, num_tokens, num_sequences, column, DENOMINATOR
         )
     weight = tl.full((BLOCK_T,), 0.0, tl.float32) + scale
     if DIVIDE_BY_LENGTH:
         weight = weight / tl.maximum(length, 1).to(tl.float32)
     weight = tl.where(counts, weight, 0.0)
 
-    # masked slots may hold NaN or inf: they are not read
-    live = tl.load(logprob + position, mask=counts, other=0.0)
-    x = live - tl.load(old_logprob + position, mask=counts, other=0.0)
     if PER_TOKEN:
         advantage = tl.load(advantages + position, mask=counts, other=0.0)
     else:
         advantage = tl.load(advantages + sequence, mask=counts, other=0.0)
-    log_ratio = x
-    if log_ratios is not None:
-        log_ratio = tl.load(log_ratios + sequence, mask=counts, other=0.0)
-    outside = (log_ratio > log_ratio_clamp) | (log_ratio < -log_ratio_clamp)
-    r = tl.exp(_bounded(log_ratio, -log_ratio_clamp, log_ratio_clamp))
-    if SURROGATE == CLIP:
-        loss, d_logprob, below, above, past = _clipped(
-            r, outside, advantage, ratio_low, ratio_high, ratio_cap
-        )
-    else:
-        loss, d_logprob, below, above, past = _detached(r, live, advantage, ratio_low, ratio_high)
+    if LIMITS_DRIFT:
+        drifted = tl.load(stats + sequence * NUM_STATS + DRIFTED, mask=counts, other=0.0)
+        weight_of_token = tl.where((advantage < 0) & (drifted > 0), 0.0, weight_of_token)
+    x = live - old
+    z = x
+    if (LEVEL == BY_MIN) | (LEVEL == BY_MEAN):
+        z = tl.load(prefixes + position, mask=counts, other=0.0)
+    elif LEVEL != 0:
+        if cu_segments is not None:
+            segment = _find(cu_segments, position, num_segments, SEGMENT_STEPS)
+            z = tl.load(segment_stats + segment * NUM_STATS, mask=counts, other=0.0)
+        else:
+            z = tl.load(stats + sequence * NUM_STATS, mask=counts, other=0.0)
+    outside = (z > log_ratio_clamp) | (z < -log_ratio_clamp)
+    z = bounded(z, -log_ratio_clamp, log_ratio_clamp)
+    r = tl.exp(z)
+    decided = bounded(live - before, -log_ratio_clamp, log_ratio_clamp)
+    loss, d_logprob, low, high, capped = surrogate(
+        live,
+        old,
+        advantage,
+        x,
+        decided,
+        z,
+        r,
+        outside,
+        all_tokens.to(tl.float32),
+        p0,
+        p1,
+        p2,
+        p3,
+        p4,
+        p5,
+        SURROGATE,
+    )
+    if (LEVEL == BY_PRODUCT) & ((SURROGATE == CLIP) | (SURROGATE == BANDED)):
+        # every token carries the loss of its sequence, and each of the n moves all of them
+        d_logprob = d_logprob * all_tokens.to(tl.float32)
+    if (CORRECTION_KIND != 0) | LIMITS_DRIFT:
+        loss = tl.where(weight_of_token == 0, 0.0, weight_of_token * loss)
+        d_logprob = tl.where(weight_of_token == 0, 0.0, weight_of_token * d_logprob)
 
     out = partials + block * COLUMNS
     if ref_logprob is not None:
         delta = live - tl.load(ref_logprob + position, mask=counts, other=0.0)
         kl, d_kl = _kl(delta, kl_input_clamp, kl_output_clamp, KL_TYPE)
-        tl.store(out + KL, tl.sum(kl, 0))
+        if KL_TIMES_RATIO:
+            mean = kl
+            if LEVEL == BY_SEQUENCE:
+                # through the ratio every token of the sequence moves the KL of all others
+                mean = tl.load(stats + sequence * NUM_STATS + KL_MEAN, mask=counts, other=0.0)
+            d_kl = r * (d_kl + tl.where(outside, 0.0, mean))
+            kl = kl * r
+        tl.store(out + KL, tl.sum(tl.where(counts, kl, 0.0), 0))
         if HAS_KL_LOSS:
             loss += kl_coef * kl
             d_logprob += kl_coef * d_kl
     else:
         tl.store(out + KL, 0.0)
+    d_entropy = tl.zeros((BLOCK_T,), tl.float32)
     if entropy is not None:
         h = tl.load(entropy + position, mask=counts, other=0.0)
         tl.store(out + ENTROPY, tl.sum(h, 0))
         if HAS_ENTROPY_LOSS:
-            loss -= entropy_coef * h
+            under, over = entropy_low - h, h - entropy_high
+            loss += entropy_low_coef * tl.where(under < 0, 0.0, under)
+            loss += entropy_high_coef * tl.where(over < 0, 0.0, over) - entropy_coef * h
+            d_entropy = tl.where(over > 0, entropy_high_coef, 0.0) - entropy_coef
+            d_entropy -= tl.where(under > 0, entropy_low_coef, 0.0)
     else:
         tl.store(out + ENTROPY, 0.0)
     if grad is not None:
-        tl.store(grad + position, weight * d_logprob, mask=in_range)
+        tl.store(grad + position, tl.where(counts, weight * d_logprob, 0.0), mask=in_range)
     if grad_entropy is not None:
-        tl.store(grad_entropy + position, -entropy_coef * weight, mask=in_range)
+        tl.store(grad_entropy + position, weight * d_entropy, mask=in_range)
 
-    tl.store(out + LOSS, tl.sum(weight * loss, 0))
+    tl.store(out + LOSS, tl.sum(tl.where(counts, weight * loss, 0.0), 0))
     tl.store(out + TOKENS, tl.sum(counts.to(tl.float32), 0))
-    tl.store(out + LOW, tl.sum((below & counts).to(tl.float32), 0))
-    tl.store(out + HIGH, tl.sum((above & counts).to(tl.float32), 0))
-    tl.store(out + CAPPED, tl.sum((past & counts & (SURROGATE == CLIP)).to(tl.float32), 0))
-    tl.store(out + OLD_KL, -tl.sum(_bounded(x, -log_ratio_clamp, log_ratio_clamp), 0))
+    tl.store(out + PRESENT, present)
+    tl.store(out + LOW, tl.sum((low & counts).to(tl.float32), 0))
+    tl.store(out + HIGH, tl.sum((high & counts).to(tl.float32), 0))
+    tl.store(out + CAPPED, tl.sum((capped & counts).to(tl.float32), 0))
+    tl.store(out + OLD_KL, -tl.sum(tl.where(counts, decided, 0.0), 0))
     tl.store(out + RATIO, tl.sum(tl.where(counts, r, 0.0), 0))
+    weight_of_token = tl.where(counts, weight_of_token, 0.0)
+    tl.store(out + WEIGHT, tl.sum(weight_of_token, 0))
+    tl.store(out + WEIGHT_SQUARE, tl.sum(weight_of_token * weight_of_token, 0))
     tl.store(out + LEAST, tl.min(tl.where(counts, r, float("inf")), 0))
     tl.store(out + MOST, tl.max(tl.where(counts, r, float("-inf")), 0))
 
@@ -304,6 +606,13 @@ def _merge_kernel(partials, loss, metrics, num_blocks, ROWS: tl.constexpr):
     tl.store(metrics + 8, tl.where(tokens > 0, _column(most, column, MOST), 0.0))
     tl.store(metrics + 9, (_column(total, column, KL) * share).to(tl.float32))
     tl.store(metrics + 10, (_column(total, column, ENTROPY) * share).to(tl.float32))
+    weight = _column(total, column, WEIGHT) * share
+    square = _column(total, column, WEIGHT_SQUARE) * share
+    tl.store(metrics + 11, weight.to(tl.float32))
+    effective = tl.where(square > 0, weight * weight / tl.where(square > 0, square, 1.0), 0.0)
+    tl.store(metrics + 12, effective.to(tl.float32))
+    present = _column(total, column, PRESENT)
+    tl.store(metrics + 13, ((present - tokens) / tl.maximum(present, 1.0)).to(tl.float32))
 
 
 def forward(
@@ -312,25 +621,16 @@ def forward(
     advantages: Tensor,
     cu_seqlens: Tensor | None,
     mask: Tensor | None,
+    rollout_logprob: Tensor | None,
     ref_logprob: Tensor | None,
     entropy: Tensor | None,
-    sequence_level: bool,
-    surrogate: int,
-    ratio_low: float,
-    ratio_high: float,
-    ratio_cap: float,
-    log_ratio_clamp: float,
-    kl_type: int,
-    kl_coef: float,
-    kl_input_clamp: float,
-    kl_output_clamp: float,
-    entropy_coef: float,
-    denominator: int,
-    divide_by_length: bool,
-    scale: float,
+    cu_segments: Tensor | None,
+    kinds: Sequence[int],
+    numbers: Sequence[float],
     want_grad: bool,
     want_entropy_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    do, n = Kinds(*kinds), Numbers(*numbers)
     num_tokens = logprob.numel()
     num_sequences, row_length, per_token = 1, num_tokens, True
     if cu_seqlens is not None:
@@ -349,59 +649,132 @@ def forward(
         nothing = (grad.zero_(), grad_entropy.zero_())
         return empty().zero_(), empty(NUM_METRICS).zero_(), *nothing
 
-    lengths = log_ratios = None
-    if mask is not None or sequence_level:
-        lengths = empty(num_sequences, dtype=torch.int32)
-        log_ratios = empty(num_sequences) if sequence_level else None
-        _sequence_kernel[(num_sequences,)](
+    anchor = rollout_logprob if do.from_rollout else old_logprob
+    limits_drift = n.off_policy_limit != float("inf")
+    rejects = do.token_rejection != 0 or do.sequence_rejection != 0
+    couples_kl = do.kl_times_ratio != 0 and do.level == BY_SEQUENCE.value
+    prefixes = empty(num_tokens) if do.level in (BY_MIN.value, BY_MEAN.value) else None
+
+    def statistics(offsets: Tensor | None, count: int, own: bool) -> tuple[Tensor, Tensor]:
+        """own: of sequences, with everything that corrects them; else the log-ratio alone."""
+        lengths = empty(count, 2, dtype=torch.int32)
+        stats = empty(count, NUM_STATS.value)
+        level = 0 if own and cu_segments is not None else do.level
+        _sequence_kernel[(count,)](
             logprob,
+            anchor,
             old_logprob,
-            cu_seqlens,
+            advantages,
+            offsets,
             mask,
+            rollout_logprob,
+            ref_logprob,
             lengths,
-            log_ratios,
+            stats,
+            prefixes,
             row_length,
             num_tokens,
-            SEQUENCE_LEVEL=sequence_level,
+            n.p0,
+            n.p1,
+            n.log_ratio_clamp,
+            n.correction_low,
+            n.correction_high,
+            n.token_rejection_low,
+            n.token_rejection_high,
+            n.sequence_rejection_low,
+            n.sequence_rejection_high,
+            n.off_policy_limit,
+            n.kl_input_clamp,
+            n.kl_output_clamp,
+            PER_TOKEN=per_token,
+            IS_GEOMETRIC=do.surrogate == GEOMETRIC.value,
+            LEVEL=level,
+            CORRECTION_KIND=do.correction if own else 0,
+            CORRECTION_MASKS=do.correction_masks,
+            TOKEN_REJECTION=do.token_rejection if own else 0,
+            SEQUENCE_REJECTION=do.sequence_rejection if own else 0,
+            REDUCTION=do.rejection_reduction,
+            READS_ROLLOUT=own and (limits_drift or rejects or do.correction > OF_TOKEN.value),
+            KL_TYPE=do.kl_type,
+            COUPLES_KL=own and couples_kl,
             BLOCK_T=min(SEQUENCE_BLOCK, triton.next_power_of_2(max(num_tokens, 16))),
             num_warps=8,
         )
+        return lengths, stats
+
+    lengths = stats = segment_stats = None
+    by_sequence = do.level != 0 and cu_segments is None
+    corrects = do.correction > OF_TOKEN.value or limits_drift or rejects or couples_kl
+    if mask is not None or by_sequence or corrects:
+        lengths, stats = statistics(cu_seqlens, num_sequences, own=True)
+    num_segments = 0
+    if cu_segments is not None:
+        num_segments = cu_segments.shape[0] - 1
+        _, segment_stats = statistics(cu_segments, num_segments, own=False)
     loss, metrics = empty(), empty(NUM_METRICS)
     num_blocks = triton.cdiv(num_tokens, BLOCK)
     partials = empty(num_blocks, COLUMNS.value)
+    has_entropy = n.entropy_coef != 0 or n.entropy_low_coef != 0 or n.entropy_high_coef != 0
     _token_kernel[(num_blocks,)](
         logprob,
+        anchor,
         old_logprob,
         advantages,
         cu_seqlens,
         mask,
+        rollout_logprob if do.correction or rejects or limits_drift else None,
         ref_logprob,
         entropy,
+        cu_segments,
         lengths,
-        log_ratios,
+        stats,
+        segment_stats,
+        prefixes,
         grad if want_grad else None,
         grad_entropy if want_entropy_grad else None,
         partials,
         num_tokens,
         num_sequences,
+        num_segments,
         row_length,
-        ratio_low,
-        ratio_high,
-        ratio_cap,
-        log_ratio_clamp,
-        kl_coef,
-        kl_input_clamp,
-        kl_output_clamp,
-        entropy_coef,
-        scale,
+        n.p0,
+        n.p1,
+        n.p2,
+        n.p3,
+        n.p4,
+        n.p5,
+        n.log_ratio_clamp,
+        n.correction_low,
+        n.correction_high,
+        n.token_rejection_low,
+        n.token_rejection_high,
+        n.kl_coef,
+        n.kl_input_clamp,
+        n.kl_output_clamp,
+        n.entropy_coef,
+        n.entropy_low,
+        n.entropy_high,
+        n.entropy_low_coef,
+        n.entropy_high_coef,
+        n.scale,
         PER_TOKEN=per_token,
-        SURROGATE=surrogate,
-        KL_TYPE=kl_type,
-        HAS_KL_LOSS=kl_coef != 0,
-        HAS_ENTROPY_LOSS=entropy_coef != 0,
-        DENOMINATOR=denominator,
-        DIVIDE_BY_LENGTH=divide_by_length,
+        SURROGATE=do.surrogate,
+        LEVEL=do.level,
+        FROM_ROLLOUT=do.from_rollout,
+        CORRECTION_KIND=do.correction,
+        CORRECTION_MASKS=do.correction_masks,
+        LIMITS_DRIFT=limits_drift,
+        TOKEN_REJECTION=do.token_rejection,
+        SEQUENCE_REJECTION=do.sequence_rejection,
+        COUNT_REJECTED=do.count_rejected,
+        KL_TYPE=do.kl_type,
+        KL_TIMES_RATIO=do.kl_times_ratio,
+        HAS_KL_LOSS=n.kl_coef != 0,
+        HAS_ENTROPY_LOSS=has_entropy,
+        DENOMINATOR=do.denominator,
+        DIVIDE_BY_LENGTH=do.divide_by_length,
         SEARCH_STEPS=num_sequences.bit_length(),
+        SEGMENT_STEPS=num_segments.bit_length(),
         BLOCK_T=BLOCK,
         num_warps=4,
     )

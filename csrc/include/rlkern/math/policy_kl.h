@@ -1,21 +1,16 @@
 // Estimates of KL(policy || reference) from one token, D = logprob - ref_logprob:
-//   k1 = D,  k2 = D^2 / 2,  k3 = exp(-D) + D - 1
-// and their derivatives by logprob, which are 0 past the clamp of |D| or of |KL|.
+//   k1 = D,  k2 = D^2 / 2,  k3 = exp(-D) + D - 1,  abs = |D|
+// and their derivatives by logprob, which are 0 past the clamp of |D| or of |KL|; k1+ and k3+ have
+// the derivative of k2, whatever the clamps.
 #pragma once
 
 #include "rlkern/math/exp.h"
-#include "rlkern/math/policy_ratio.h"
+#include "rlkern/math/policy_surrogates.h"
 
 namespace rlkern {
 
-enum KlType : int { kK1 = 1, kK2 = 2, kK3 = 3 };
-
-struct KlParams {
-  int type;
-  float coef;
-  float input_clamp;
-  float output_clamp;
-};
+// In the order of KL_TYPES in reference.py.
+enum class KlType : int { kK1, kK2, kK3, kAbs, kK1Plus, kK3Plus };
 
 template <class F>
 struct KlTerm {
@@ -36,21 +31,25 @@ RLK_HD F exp_minus_linear(F x) {
 }
 
 template <class F>
-RLK_HD KlTerm<F> kl_term(F delta, const KlParams& p) {
-  const F bound = bounded(delta, F{} - p.input_clamp, F{} + p.input_clamp);
-  const F outside = delta - bound;
-  delta = bound;
+RLK_HD KlTerm<F> kl_term(F delta, KlType type, float input_clamp, float output_clamp) {
+  const F whole = delta;
+  delta = bounded(delta, F{} - input_clamp, F{} + input_clamp);
+  const F outside = whole - delta;
   F value = delta, grad = F{} + 1.0f;
-  if (p.type == kK2) {
+  if (type == KlType::kK2) {
     value = 0.5f * delta * delta;
     grad = delta;
-  } else if (p.type == kK3) {
+  } else if (type == KlType::kAbs) {
+    value = delta < 0.0f ? -delta : delta;
+    grad = is_above(delta, F{}) - is_below(delta, F{});
+  } else if (type == KlType::kK3 || type == KlType::kK3Plus) {
     value = exp_minus_linear(-delta);
     grad = delta - value;  // 1 - exp(-D)
   }
-  const F held = bounded(value, F{} - p.output_clamp, F{} + p.output_clamp);
+  const F held = bounded(value, F{} - output_clamp, F{} + output_clamp);
+  if (type == KlType::kK1Plus || type == KlType::kK3Plus) return {held, whole};
   const F past = value - held;
-  return {held, outside * outside + past * past > 0.0f ? F{} : grad};
+  return {held, zero_where(outside * outside + past * past, grad)};
 }
 
 }  // namespace rlkern

@@ -1,24 +1,95 @@
-// One token of the policy loss, and the sums that the metrics are made of.
+// One token of the policy loss, the sums over a sequence that some objectives need first, and the
+// sums that the metrics are made of.
 #pragma once
 
 #include <cmath>
 
 #include "rlkern/math/exp.h"
+#include "rlkern/math/policy_correction.h"
 #include "rlkern/math/policy_kl.h"
-#include "rlkern/math/policy_ratio.h"
+#include "rlkern/math/policy_surrogates.h"
 
 namespace rlkern {
 
-// The schema's `surrogate` and `denominator`.
-enum SurrogateKind : int { kClip = 0, kDetached = 1 };
-enum Denominator : int { kNothing = 0, kTokens = 1, kFilledSequences = 2, kAllSequences = 3 };
+// The schema's `denominator`, and its level: LEVELS in reference.py.
+enum class Denominator : int { kNothing, kTokens, kFilledSequences, kAllSequences };
+enum class Level : int { kToken, kSequence, kProduct, kPrefixMin, kPrefixMean };
+
+// The schema's `kinds` and `numbers`, in the order of Kinds and Numbers in reference.py.
+constexpr int kNumKinds = 13;
+constexpr int kNumNumbers = 23;
+constexpr int kNumShape = 6;
 
 struct PolicyParams {
-  int surrogate;
-  RatioBounds bounds;
+  SurrogateKind surrogate;
+  Level level;
+  bool from_rollout;
+  Correction correction;
+  bool correction_masks;
+  int token_rejection, sequence_rejection;
+  Reduction rejection_reduction;
+  bool count_rejected;
+  KlType kl_type;
+  bool kl_times_ratio;
+  Denominator denominator;
+  bool divide_by_length;
+
+  float shape[kNumShape];
   float log_ratio_clamp;
-  KlParams kl;
-  float entropy_coef;
+  float correction_low, correction_high;
+  float token_rejection_low, token_rejection_high;
+  float sequence_rejection_low, sequence_rejection_high;
+  float off_policy_limit;
+  float kl_coef, kl_input_clamp, kl_output_clamp;
+  float entropy_coef, entropy_low, entropy_high, entropy_low_coef, entropy_high_coef;
+  double scale;
+
+  template <class Kinds, class Numbers>
+  PolicyParams(const Kinds& k, const Numbers& n)
+      : surrogate(static_cast<SurrogateKind>(k[0])),
+        level(static_cast<Level>(k[1])),
+        from_rollout(k[2] != 0),
+        correction(static_cast<Correction>(k[3])),
+        correction_masks(k[4] != 0),
+        token_rejection(static_cast<int>(k[5])),
+        sequence_rejection(static_cast<int>(k[6])),
+        rejection_reduction(static_cast<Reduction>(k[7])),
+        count_rejected(k[8] != 0),
+        kl_type(static_cast<KlType>(k[9])),
+        kl_times_ratio(k[10] != 0),
+        denominator(static_cast<Denominator>(k[11])),
+        divide_by_length(k[12] != 0) {
+    float* const narrow[] = {&log_ratio_clamp,
+                             &correction_low,
+                             &correction_high,
+                             &token_rejection_low,
+                             &token_rejection_high,
+                             &sequence_rejection_low,
+                             &sequence_rejection_high,
+                             &off_policy_limit,
+                             &kl_coef,
+                             &kl_input_clamp,
+                             &kl_output_clamp,
+                             &entropy_coef,
+                             &entropy_low,
+                             &entropy_high,
+                             &entropy_low_coef,
+                             &entropy_high_coef};
+    int i = 0;
+    for (float& value : shape) value = static_cast<float>(n[i++]);
+    for (float* value : narrow) *value = static_cast<float>(n[i++]);
+    scale = n[i];
+  }
+
+  bool has_entropy_term() const {
+    return entropy_coef != 0.0f || entropy_low_coef != 0.0f || entropy_high_coef != 0.0f;
+  }
+  bool corrects() const { return correction != Correction::kNone || limits_drift(); }
+  bool limits_drift() const { return off_policy_limit != INFINITY; }
+  bool rejects() const { return token_rejection != 0 || sequence_rejection != 0; }
+  bool by_statistic() const { return level == Level::kSequence || level == Level::kProduct; }
+  bool by_prefix() const { return level == Level::kPrefixMin || level == Level::kPrefixMean; }
+  bool couples_kl() const { return kl_times_ratio && level == Level::kSequence; }
 };
 
 // Inputs of one token; 0 where it does not count.
@@ -26,8 +97,12 @@ template <class F>
 struct PolicyInput {
   F logprob, old_logprob, advantage;
   F weight;     // of this token in the aggregation
-  F log_ratio;  // logprob - old_logprob, or its mean over the sequence
-  F ref_logprob, entropy;
+  F statistic;  // of x, where the level has one
+  F rollout_logprob, ref_logprob, entropy;
+  F correction;  // of its sequence; Correction::kSequence and kGeometric
+  F drifted;     // 1 where its sequence is past off_policy_limit
+  F kl_mean;     // of its sequence, where the KL is coupled
+  F length;      // of its sequence; Level::kProduct
 };
 
 enum PolicySum : int {
@@ -40,6 +115,8 @@ enum PolicySum : int {
   kRatioSum,
   kKlSum,
   kEntropySum,
+  kCorrectionSum,
+  kCorrectionSquareSum,
   kNumPolicySums,
 };
 
@@ -50,50 +127,214 @@ struct PolicyStats {
   F most = F{} - INFINITY;
 };
 
-// Adds the token to stats; returns d loss / d logprob. counts: 1, or 0 for a token that does not.
+// Which optional inputs there are.
+struct PolicyGiven {
+  bool ref, entropy;
+};
+
+// d loss / d logprob and / d entropy
 template <class F>
-RLK_HD F policy_token(const PolicyParams& p, const PolicyInput<F>& in, F counts, bool has_ref,
-                      bool has_entropy, PolicyStats<F>& stats) {
+struct PolicyGrad {
+  F logprob, entropy;
+};
+
+template <class F>
+RLK_HD F anchor_of(const PolicyParams& p, const PolicyInput<F>& in) {
+  return p.from_rollout ? in.rollout_logprob : in.old_logprob;
+}
+
+// 1 where the token alone is rejected
+template <class F>
+RLK_HD F token_rejected(const PolicyParams& p, const PolicyInput<F>& in) {
+  const F d = in.old_logprob - in.rollout_logprob;
+  return is_rejected(rejection_statistic(d, p.token_rejection, p.log_ratio_clamp),
+                     p.token_rejection_low, p.token_rejection_high);
+}
+
+// Adds the token to stats. counts: 1, or 0 for a token that does not.
+template <class F>
+RLK_HD PolicyGrad<F> policy_token(const PolicyParams& p, const PolicyInput<F>& in, F counts,
+                                  PolicyGiven given, PolicyStats<F>& stats) {
   const F limit = F{} + p.log_ratio_clamp;
-  const F log_ratio = bounded(in.log_ratio, -limit, limit);
-  const F r = exp(log_ratio);
-  const Surrogate<F> s =
-      p.surrogate == kClip ? clipped_surrogate(r, in.log_ratio - log_ratio, in.advantage, p.bounds)
-                           : detached_surrogate(r, in.logprob, in.advantage, p.bounds);
+  PolicyToken<F> t;
+  t.live = in.logprob;
+  t.old = anchor_of(p, in);
+  t.a = in.advantage;
+  t.x = t.live - t.old;
+  t.decided = bounded(in.logprob - in.old_logprob, -limit, limit);
+  const F z = p.level == Level::kToken ? t.x : in.statistic;
+  t.z = bounded(z, -limit, limit);
+  t.past = z - t.z;
+  t.r = exp(t.z);
+  t.length = in.length;
+  Surrogate<F> s = surrogate(p.surrogate, t, p.shape);
+  // every token carries the loss of its sequence, and each of the n moves all of them
+  if (p.level == Level::kProduct &&
+      (p.surrogate == SurrogateKind::kClip || p.surrogate == SurrogateKind::kBanded))
+    s.grad *= in.length;
+
+  F weight = in.weight;
+  if (p.token_rejection != 0) {
+    counts = zero_where(token_rejected(p, in), counts);
+    weight = counts > 0.0f ? weight : F{};
+  }
+  if (p.corrects()) {
+    F w = F{} + 1.0f;
+    if (p.correction == Correction::kToken)
+      w = correction_weight(in.old_logprob - in.rollout_logprob, p.correction_masks,
+                            p.correction_low, p.correction_high, p.log_ratio_clamp);
+    else if (p.correction != Correction::kNone)
+      w = in.correction;
+    if (p.limits_drift()) w = zero_where(is_below(t.a, F{}) * in.drifted, w);
+    s.loss = times(w, s.loss);
+    s.grad = times(w, s.grad);
+    stats.sum[kCorrectionSum] += counts * w;
+    stats.sum[kCorrectionSquareSum] += counts * w * w;
+  }
   F loss = s.loss, grad = s.grad;
-  if (has_ref) {
-    const KlTerm<F> kl = kl_term(in.logprob - in.ref_logprob, p.kl);
-    stats.sum[kKlSum] += kl.value;
-    if (p.kl.coef != 0.0f) {
-      loss += p.kl.coef * kl.value;
-      grad += p.kl.coef * kl.grad;
+  if (given.ref) {
+    KlTerm<F> kl = kl_term(t.live - in.ref_logprob, p.kl_type, p.kl_input_clamp, p.kl_output_clamp);
+    if (p.kl_times_ratio) {
+      const F mean = p.couples_kl() ? in.kl_mean : kl.value;
+      kl.grad = t.r * (kl.grad + zero_where(t.past * t.past, mean));
+      kl.value *= t.r;
+    }
+    stats.sum[kKlSum] += counts * kl.value;
+    if (p.kl_coef != 0.0f) {
+      loss += p.kl_coef * kl.value;
+      grad += p.kl_coef * kl.grad;
     }
   }
-  if (has_entropy) {
-    stats.sum[kEntropySum] += in.entropy;
-    if (p.entropy_coef != 0.0f) loss -= p.entropy_coef * in.entropy;
+  F entropy_grad{};
+  if (given.entropy) {
+    const F h = in.entropy;
+    stats.sum[kEntropySum] += counts * h;
+    if (p.has_entropy_term()) {
+      loss += p.entropy_low_coef * at_least_zero(p.entropy_low - h) +
+              p.entropy_high_coef * at_least_zero(h - p.entropy_high) - p.entropy_coef * h;
+      entropy_grad = p.entropy_high_coef * is_above(h, F{} + p.entropy_high) -
+                     p.entropy_low_coef * is_below(h, F{} + p.entropy_low) - p.entropy_coef;
+    }
   }
-  stats.sum[kLossSum] += in.weight * loss;
+  F weighted_loss = weight * loss, weighted_grad = weight * grad;
+  if (p.token_rejection != 0) {
+    weighted_loss = counts > 0.0f ? weighted_loss : F{};
+    weighted_grad = counts > 0.0f ? weighted_grad : F{};
+  }
+  stats.sum[kLossSum] += weighted_loss;
   stats.sum[kTokenSum] += counts;
   stats.sum[kLowSum] += counts * s.low;
   stats.sum[kHighSum] += counts * s.high;
-  stats.sum[kCappedSum] += s.capped;
-  stats.sum[kOldKlSum] -= bounded(in.logprob - in.old_logprob, -limit, limit);
+  stats.sum[kCappedSum] += counts * s.capped;
+  stats.sum[kOldKlSum] -= counts * t.decided;
   // a token that does not count has a ratio of 1
-  stats.sum[kRatioSum] += counts * r;
-  const F ratio_low = counts > 0.0f ? r : F{} + INFINITY;
-  const F ratio_high = counts < 0.5f ? F{} - INFINITY : r;
+  stats.sum[kRatioSum] += counts * t.r;
+  const F ratio_low = counts > 0.0f ? t.r : F{} + INFINITY;
+  const F ratio_high = counts < 0.5f ? F{} - INFINITY : t.r;
   stats.least = ratio_low < stats.least ? ratio_low : stats.least;
   stats.most = ratio_high > stats.most ? ratio_high : stats.most;
-  return in.weight * grad;
+  return {weighted_grad, weight * entropy_grad};
 }
 
-// The metrics of op.py's METRICS, in its order.
-constexpr int kNumPolicyMetrics = 11;
+// Sums over the tokens of a sequence that count.
+enum SequenceSum : int {
+  kLogRatioSum,   // of x, clipped for the geometric surrogate
+  kMismatchSum,   // of old_logprob - rollout_logprob
+  kDriftSum,      // of rollout_logprob - logprob
+  kRejectionSum,  // of the statistic of sequence_rejection
+  kKeptSum,       // tokens that are not rejected by themselves
+  kKeptKlSum,     // of their KL
+  kNumSequenceSums,
+};
 
-RLK_HD void policy_metrics(const double* sum, float least, float most, float* out) {
+template <class F>
+struct SequenceSums {
+  F sum[kNumSequenceSums] = {};
+  F most = F{} - INFINITY;  // of the statistic of sequence_rejection
+};
+
+template <class F>
+RLK_HD void sequence_token(const PolicyParams& p, const PolicyInput<F>& in, F counts,
+                           SequenceSums<F>& out) {
+  if (p.by_statistic()) {
+    F x = in.logprob - anchor_of(p, in);
+    if (p.surrogate == SurrogateKind::kGeometric) {
+      const F low = in.advantage < 0.0f ? F{} + p.shape[0] : F{} - INFINITY;
+      const F high = in.advantage > 0.0f ? F{} + p.shape[1] : F{} + INFINITY;
+      x = bounded(x, low, high);
+      x = in.advantage == 0.0f ? F{} : x;
+    }
+    out.sum[kLogRatioSum] += x;
+  }
+  if (p.corrects() || p.rejects()) {
+    const F d = in.old_logprob - in.rollout_logprob;
+    out.sum[kMismatchSum] += d;
+    out.sum[kDriftSum] += in.rollout_logprob - in.logprob;
+    if (p.sequence_rejection != 0) {
+      const F value = rejection_statistic(d, p.sequence_rejection, p.log_ratio_clamp);
+      out.sum[kRejectionSum] += value;
+      // a token that does not count has the value 0, which k2 and k3 never go below
+      out.most = value > out.most ? value : out.most;
+    }
+  }
+  F kept = counts;
+  if (p.token_rejection != 0) kept = zero_where(token_rejected(p, in), counts);
+  out.sum[kKeptSum] += kept;
+  if (p.couples_kl()) {
+    const KlTerm<F> kl =
+        kl_term(in.logprob - in.ref_logprob, p.kl_type, p.kl_input_clamp, p.kl_output_clamp);
+    out.sum[kKeptKlSum] += kept * kl.value;
+  }
+}
+
+// Of one sequence.
+struct SequenceStats {
+  int64_t length;    // tokens that count
+  int64_t kept;      // of them, those that are not rejected
+  float statistic;   // of x
+  float correction;  // the weight, 1 where there is none
+  float drifted;     // 1 past off_policy_limit
+  float kl_mean;
+};
+
+// From the sums in double and the maximum.
+RLK_HD SequenceStats sequence_stats(const PolicyParams& p, int64_t length, const double* sum,
+                                    float most) {
+  const double count = length > 0 ? static_cast<double>(length) : 1.0;
+  SequenceStats s{};
+  s.length = length;
+  s.kept = static_cast<int64_t>(sum[kKeptSum]);
+  s.statistic = static_cast<float>(p.level == Level::kSequence ? sum[kLogRatioSum] / count
+                                                               : sum[kLogRatioSum]);
+  s.correction = 1.0f;
+  if (p.correction == Correction::kSequence || p.correction == Correction::kGeometric) {
+    const double d =
+        p.correction == Correction::kGeometric ? sum[kMismatchSum] / count : sum[kMismatchSum];
+    s.correction = correction_weight(static_cast<float>(d), p.correction_masks, p.correction_low,
+                                     p.correction_high, p.log_ratio_clamp);
+  }
+  s.drifted = static_cast<float>(sum[kDriftSum] / count) > p.off_policy_limit ? 1.0f : 0.0f;
+  if (p.sequence_rejection != 0) {
+    float value = most;
+    if (p.rejection_reduction != Reduction::kMax)
+      value =
+          static_cast<float>(p.rejection_reduction == Reduction::kMean ? sum[kRejectionSum] / count
+                                                                       : sum[kRejectionSum]);
+    if (is_rejected(value, p.sequence_rejection_low, p.sequence_rejection_high) > 0.0f) s.kept = 0;
+  }
+  s.kl_mean = static_cast<float>(sum[kKeptKlSum] / count);
+  return s;
+}
+
+// The metrics of op.py's METRICS, in its order. all: the tokens that count, rejected or not.
+constexpr int kNumPolicyMetrics = 14;
+
+RLK_HD void policy_metrics(const PolicyParams& p, const double* sum, float least, float most,
+                           double all, float* out) {
   const double tokens = sum[kTokenSum];
   const double share = tokens > 0 ? 1.0 / tokens : 0.0;
+  const double weight = p.corrects() ? sum[kCorrectionSum] * share : tokens * share;
+  const double square = p.corrects() ? sum[kCorrectionSquareSum] * share : tokens * share;
   out[0] = static_cast<float>(tokens);
   out[1] = static_cast<float>((sum[kLowSum] + sum[kHighSum]) * share);
   out[2] = static_cast<float>(sum[kCappedSum] * share);
@@ -105,6 +346,9 @@ RLK_HD void policy_metrics(const double* sum, float least, float most, float* ou
   out[8] = tokens > 0 ? most : 0.0f;
   out[9] = static_cast<float>(sum[kKlSum] * share);
   out[10] = static_cast<float>(sum[kEntropySum] * share);
+  out[11] = static_cast<float>(weight);
+  out[12] = static_cast<float>(square > 0 ? weight * weight / square : 0.0);
+  out[13] = static_cast<float>(all > 0 ? (all - tokens) / all : 0.0);
 }
 
 // The weight of a token in a sequence of `length` tokens that count, up to 1 / denominator.

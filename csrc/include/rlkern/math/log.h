@@ -1,0 +1,48 @@
+// Natural logarithm and square root in float, without a branch, for one float and for a vector of
+// floats (see exp.h). log: error below 2 ulp for normal x > 0; log(0) = -inf; NaN below 0 and of
+// NaN.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "rlkern/macros.h"
+#include "rlkern/math/exp.h"
+
+namespace rlkern {
+
+template <class F>
+RLK_HD F log(F x) {
+  // x = m 2^e with m in [sqrt(1/2), sqrt(2))
+  const auto e = (Bits<F>::of(x) - 0x3F3504F3) >> 23;
+  const F f = Bits<F>::from(Bits<F>::of(x) - (e << 23)) - 1.0f;
+  // e as a float: 1.5 * 2^23 + e has it in its low bits
+  const F n = Bits<F>::from(e + 0x4B400000) - 12582912.0f;
+  F p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const F square = f * f;
+  F y = p * f * square - n * 2.12194440e-4f - 0.5f * square;
+  y = f + y + n * 0.693359375f;
+  y = x == 0.0f ? F{} - INFINITY : y;
+  // the bits of a NaN and of x < 0 gave a number
+  return x >= 0.0f ? y : F{} + NAN;
+}
+
+template <class F>
+RLK_HD F sqrt(F x) {
+  if constexpr (std::is_same_v<F, float>) {
+    return std::sqrt(x);
+  } else {
+    F y;
+    for (unsigned i = 0; i < sizeof(F) / sizeof(float); ++i) y[i] = __builtin_sqrtf(x[i]);
+    return y;
+  }
+}
+
+}  // namespace rlkern
