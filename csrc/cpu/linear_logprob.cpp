@@ -586,7 +586,7 @@ Kept run_forward(Tensor hidden, Tensor weight, std::optional<Tensor> bias, const
       using Unit = decltype(unit);
       const auto kernels = tile_kernels<Unit, T>();
       const int64_t panels = round_up(count, kernels.panel) / kernels.panel;
-      const int64_t floats = keep ? panels * kept_stride(kernels, vocab_size) : 0;
+      const int64_t floats = keep ? panels * kept_stride(kernels, options.vocab_size) : 0;
       kept = torch::stable::new_empty(hidden, {floats}, ScalarType::Float);
       const Outputs out = {logprob.mutable_data_ptr<float>(),
                            logsumexp.mutable_data_ptr<float>(),

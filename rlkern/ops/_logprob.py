@@ -204,13 +204,13 @@ def with_topk(
 
     Slots of topk_ids that are -1 hold a constant.
     """
+    # compiled, autograd passes zeros for what nobody asked the gradient of
     if ids is None:
         grad_ids = None
     if grad_topk is None or topk_ids.shape[1] == 0:
         return grad_ids, ids
     grad_topk = torch.where(topk_ids < 0, 0.0, grad_topk)
-    # compiled, autograd passes zeros for what nobody asked the gradient of
-    if grad_ids is None or ids is None:
+    if grad_ids is None:
         return grad_topk, topk_ids
     return torch.cat([grad_ids, grad_topk], 1), torch.cat([ids, topk_ids], 1)
 

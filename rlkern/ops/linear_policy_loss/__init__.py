@@ -10,7 +10,7 @@ from rlkern.ops import _logprob
 from rlkern.ops._logprob import Scalars
 from rlkern.ops.linear_logprob import linear_logprob
 from rlkern.ops.linear_policy_loss.chunks import Head, Loss, gradients
-from rlkern.ops.policy_loss import PolicyObjective, policy_loss
+from rlkern.ops.policy_loss import PolicyObjective
 
 _OP = "linear_policy_loss"
 

@@ -1,4 +1,4 @@
-"""linear_policy_loss chunk by chunk: logits, log-probs, the loss's gradient, the head's gradient."""
+"""linear_policy_loss chunk by chunk: logits, log-probs, gradient of the loss, of the head."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

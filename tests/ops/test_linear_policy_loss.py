@@ -1,0 +1,248 @@
+"""The loss straight from hidden states, against policy_loss of linear_logprob."""
+
+import pytest
+import torch
+from ops import checks
+
+import rlkern
+from rlkern import PolicyObjective
+from rlkern.ops.linear_policy_loss import chunks
+from rlkern.ops.policy_loss.presets import PRESETS
+from rlkern.testing.numerics import assert_same_bits
+
+LENGTHS = (17, 1, 30, 0, 9, 23)
+TOKENS, HIDDEN, VOCAB = sum(LENGTHS), 32, 310
+
+
+class Batch:
+    """Packed sequences; log-probs near those of the head."""
+
+    def __init__(self, dtype=torch.float32, lengths=LENGTHS, vocab=VOCAB):
+        random = torch.Generator().manual_seed(0)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=random)
+
+        tokens = sum(lengths)
+        self.hidden = normal(tokens, HIDDEN).to(dtype).requires_grad_()
+        self.weight = (normal(vocab, HIDDEN) / 4).to(dtype).requires_grad_()
+        self.bias = normal(vocab).to(dtype).requires_grad_()
+        self.targets = torch.randint(vocab, (tokens,), generator=random)
+        self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+        self.advantages = normal(len(lengths))
+        self.advantages[2] = 0.0
+        with torch.no_grad():
+            exact = rlkern.linear_logprob(*self.head(), bias=self.bias, temperature=0.8).logprob
+        self.old = exact + 0.3 * normal(tokens)
+        self.options = {
+            "cu_seqlens": self.cu_seqlens,
+            "ref_logprob": exact + 0.2 * normal(tokens),
+            "rollout_logprob": self.old + 0.1 * normal(tokens),
+        }
+
+    def head(self):
+        return self.hidden, self.weight, self.targets
+
+    def inputs(self):
+        return self.hidden, self.weight, self.bias
+
+    def ours(self, objective, **options):
+        return rlkern.linear_policy_loss(
+            *self.head(),
+            self.old,
+            self.advantages,
+            bias=self.bias,
+            temperature=0.8,
+            objective=objective,
+            **self.options | options,
+        )
+
+    def composed(self, objective, **options):
+        out = rlkern.linear_logprob(
+            *self.head(), bias=self.bias, temperature=0.8, outputs=("logprob", "entropy")
+        )
+        loss = rlkern.policy_loss(
+            out.logprob,
+            self.old,
+            self.advantages,
+            entropy=out.entropy,
+            objective=objective,
+            **self.options | options,
+        )
+        return loss, out
+
+
+def resolved(objective):
+    found = objective
+    if isinstance(objective, str):
+        found = PolicyObjective.preset(objective, **REQUIRED.get(objective, {}))
+    return found
+
+
+# options of presets that have no default
+REQUIRED: dict[str, dict] = {}
+
+
+def assert_equal(batch, objective, what="", **options):
+    ours = batch.ours(objective, **options)
+    want, out = batch.composed(objective, **options)
+    assert_same_bits(f"{what} logprob", ours.logprob, out.logprob.detach())
+    assert_same_bits(f"{what} entropy", ours.entropy, out.entropy.detach())
+    assert_same_bits(f"{what} loss", ours.loss.detach(), want.loss.detach())
+    assert ours.metrics.keys() == want.metrics.keys()
+    for name, value in want.metrics.items():
+        assert_same_bits(f"{what} {name}", ours.metrics[name], value)
+    got = torch.autograd.grad(ours.loss, batch.inputs())
+    expected = torch.autograd.grad(want.loss, batch.inputs())
+    eps = torch.finfo(batch.hidden.dtype).eps
+    for name, a, b in zip(("hidden", "weight", "bias"), got, expected):
+        scale = b.float().abs().max().clamp(min=1e-6)
+        error = (a.float() - b.float()).abs().max()
+        assert error <= 4 * eps * scale, f"{what} {name}: {error} of {scale}"
+
+
+def objectives():
+    for name in PRESETS:
+        try:
+            objective = PolicyObjective.preset(name)
+        except ValueError:
+            continue
+        if objective.importance_sampling_level != "segment":
+            yield pytest.param(objective, id=name)
+
+
+@pytest.mark.parametrize("objective", objectives())
+@pytest.mark.parametrize("max_logits", [2**26, 24 * VOCAB])
+def test_every_preset_is_the_composition(monkeypatch, objective, max_logits):
+    """In one chunk; and in several, where sequences of 30 tokens do not fit."""
+    monkeypatch.setattr(chunks, "MAX_LOGITS", max_logits)
+    assert_equal(Batch(), objective)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
+def test_every_dtype(monkeypatch, dtype):
+    monkeypatch.setattr(chunks, "MAX_LOGITS", 24 * VOCAB)
+    assert_equal(Batch(dtype), PolicyObjective.preset("grpo", kl_coef=0.1, entropy_coef=0.01))
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("count_empty", [False, True])
+@pytest.mark.parametrize("rejects", [False, True])
+def test_what_the_aggregation_divides_by_is_that_of_the_whole(
+    monkeypatch, mode, count_empty, rejects
+):
+    monkeypatch.setattr(chunks, "MAX_LOGITS", 24 * VOCAB)
+    options = {"loss_agg_mode": mode, "count_empty": count_empty}
+    if rejects:
+        options |= {"rollout_rs": "token_k2", "rollout_rs_threshold": 0.004}
+        assert_equal(Batch(), PolicyObjective(**options, count_rejected=True), "counted")
+    if count_empty and mode == "token-mean":
+        return
+    assert_equal(Batch(), PolicyObjective(**options))
+
+
+def test_normalizer_and_segments():
+    batch = Batch()
+    assert_equal(batch, "grpo", normalizer=11.0)
+    assert_equal(batch, "grpo", normalizer=torch.tensor(11.0))
+    batch.options["cu_segments"] = torch.tensor([0, 5, 17, 18, 40, 48, 57, 80])
+    assert_equal(batch, PolicyObjective(importance_sampling_level="segment"))
+
+
+def test_tokens_of_no_gradient_drop_out_exactly():
+    """Not multiplied by zero: what they hold does not matter."""
+    batch = Batch()
+    with torch.no_grad():
+        batch.hidden[18:48] = float("inf")  # the sequence of advantage 0
+    objective = PolicyObjective(loss_agg_mode="token-mean")
+    loss = batch.ours(objective).loss
+    grads = torch.autograd.grad(loss, batch.inputs())
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[0][18:48] == 0).all()
+
+
+def test_upstream_gradients_scale_and_frozen_inputs_stay():
+    batch = Batch()
+    full = torch.autograd.grad(batch.ours("dapo").loss, batch.inputs())
+    half = torch.autograd.grad(0.5 * batch.ours("dapo").loss, batch.inputs())
+    for a, b in zip(half, full):
+        torch.testing.assert_close(a, 0.5 * b)
+    batch.weight.requires_grad_(False)
+    loss = batch.ours("dapo").loss
+    (only,) = torch.autograd.grad(loss, batch.hidden)
+    assert_same_bits("hidden", only, full[0])
+    assert batch.weight.grad is None
+    with torch.no_grad():
+        assert not batch.ours("dapo").loss.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_logits", [2**26, 24 * VOCAB])
+def test_weight_grad_takes_the_gradient(monkeypatch, dtype, max_logits):
+    monkeypatch.setattr(chunks, "MAX_LOGITS", max_logits)
+    batch = Batch(dtype)
+    want = torch.autograd.grad(batch.ours("dapo").loss, batch.weight)[0].float()
+    main = torch.full((VOCAB, HIDDEN), 3.0)
+    batch.ours("dapo", weight_grad=main).loss.backward()
+    assert batch.weight.grad is None
+    assert batch.hidden.grad is not None
+    torch.testing.assert_close(main - 3, want, rtol=1e-2, atol=2e-6)
+
+
+def test_padded_and_masked_vocabulary():
+    batch = Batch()
+    with torch.no_grad():
+        batch.weight[300:] = float("nan")
+    batch.targets %= 290
+    mask = torch.arange(VOCAB) < 295
+    out = batch.ours("grpo", vocab_size=300, vocab_mask=mask, softcap=20.0, logit_scale=0.9)
+    grads = torch.autograd.grad(out.loss, batch.inputs())
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[1][295:] == 0).all()
+    assert grads[1][:295].abs().sum() > 0
+
+
+def test_nothing_to_learn_from():
+    batch = Batch(lengths=(0, 0))
+    out = batch.ours("grpo")
+    assert out.loss == 0
+    for g in torch.autograd.grad(out.loss, batch.inputs()):
+        assert (g == 0).all()
+
+
+def test_long_sequences_are_cut_only_where_tokens_are_independent(monkeypatch):
+    monkeypatch.setattr(chunks, "MAX_LOGITS", 24 * VOCAB)
+    seen = []
+    original = chunks._chunks
+
+    def spy(*args):
+        found = list(original(*args))
+        seen.append([(c.tokens.stop - c.tokens.start, c.keeps) for c in found])
+        return found
+
+    monkeypatch.setattr(chunks, "_chunks", spy)
+    Batch().ours(PolicyObjective(loss_agg_mode="token-mean"))
+    Batch().ours("gspo")
+    assert seen == [[(24, True)] * 3 + [(8, True)], [(18, True), (30, False), (9, True), (23, True)]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.zeros(80, 7)}, ValueError, r"weight of shape \(V, H\)"),
+        ({"hidden": torch.zeros(80, HIDDEN).double()}, TypeError, "weight of dtype float64"),
+        ({"old_logprob": torch.zeros(79)}, ValueError, r"old_logprob of shape \(T,\) = \(80,\)"),
+        ({"targets": torch.zeros(80)}, TypeError, "targets of dtype int64 or int32"),
+        ({"weight_grad": torch.zeros(VOCAB, 3)}, ValueError, r"weight_grad of shape \(V, H\)"),
+        ({"weight_grad": torch.zeros(HIDDEN, VOCAB).T}, ValueError, "weight_grad to be contig"),
+        ({"objective": "grop"}, ValueError, "grop"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(change, error, message):
+    batch = Batch()
+    values = dict(zip(("hidden", "weight", "targets"), batch.head()))
+    values |= {"old_logprob": batch.old, "advantages": batch.advantages} | change
+    names = ("hidden", "weight", "targets", "old_logprob", "advantages")
+    tensors = [values.pop(name) for name in names]
+    with pytest.raises(error, match=message):
+        rlkern.linear_policy_loss(*tensors, cu_seqlens=batch.cu_seqlens, **values)
