@@ -30,7 +30,7 @@ class Batch:
         self.targets = torch.randint(vocab, (tokens,), generator=random)
         self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
         self.advantages = normal(len(lengths))
-        self.advantages[2] = 0.0
+        self.advantages[2:3] = 0.0
         with torch.no_grad():
             exact = rlkern.linear_logprob(*self.head(), bias=self.bias, temperature=0.8).logprob
         self.old = exact + 0.3 * normal(tokens)
@@ -72,19 +72,11 @@ class Batch:
         return loss, out
 
 
-def resolved(objective):
-    found = objective
-    if isinstance(objective, str):
-        found = PolicyObjective.preset(objective, **REQUIRED.get(objective, {}))
-    return found
-
-
-# options of presets that have no default
-REQUIRED: dict[str, dict] = {}
-
-
 def assert_equal(batch, objective, what="", **options):
+    # some selections are drawn at random
+    torch.manual_seed(0)
     ours = batch.ours(objective, **options)
+    torch.manual_seed(0)
     want, out = batch.composed(objective, **options)
     assert_same_bits(f"{what} logprob", ours.logprob, out.logprob.detach())
     assert_same_bits(f"{what} entropy", ours.entropy, out.entropy.detach())
@@ -111,7 +103,7 @@ def objectives():
             yield pytest.param(objective, id=name)
 
 
-@pytest.mark.parametrize("objective", objectives())
+@pytest.mark.parametrize("objective", list(objectives()))
 @pytest.mark.parametrize("max_logits", [2**26, 24 * VOCAB])
 def test_every_preset_is_the_composition(monkeypatch, objective, max_logits):
     """In one chunk; and in several, where sequences of 30 tokens do not fit."""
@@ -131,13 +123,13 @@ def test_every_dtype(monkeypatch, dtype):
 def test_what_the_aggregation_divides_by_is_that_of_the_whole(
     monkeypatch, mode, count_empty, rejects
 ):
+    if count_empty and mode == "token-mean":
+        pytest.skip("counts tokens")
     monkeypatch.setattr(chunks, "MAX_LOGITS", 24 * VOCAB)
     options = {"loss_agg_mode": mode, "count_empty": count_empty}
     if rejects:
         options |= {"rollout_rs": "token_k2", "rollout_rs_threshold": 0.004}
         assert_equal(Batch(), PolicyObjective(**options, count_rejected=True), "counted")
-    if count_empty and mode == "token-mean":
-        return
     assert_equal(Batch(), PolicyObjective(**options))
 
 
@@ -223,7 +215,10 @@ def test_long_sequences_are_cut_only_where_tokens_are_independent(monkeypatch):
     monkeypatch.setattr(chunks, "_chunks", spy)
     Batch().ours(PolicyObjective(loss_agg_mode="token-mean"))
     Batch().ours("gspo")
-    assert seen == [[(24, True)] * 3 + [(8, True)], [(18, True), (30, False), (9, True), (23, True)]]
+    assert seen == [
+        [(24, True)] * 3 + [(8, True)],
+        [(18, True), (30, False), (9, True), (23, True)],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ class Loss(NamedTuple):
             rejection = {name: getattr(o, name) for name in names}
         mode = "token-sum" if o.loss_agg_mode == "token-mean" else "seq-mean-token-mean"
         ones = PolicyObjective(
-            surrogate="reinforce", entropy_coef=-1.0, loss_agg_mode=mode, **rejection
+            surrogate="reinforce", entropy_coef=1.0, loss_agg_mode=mode, **rejection
         )
         old = self.old_logprob
         counted = policy_loss(
@@ -124,7 +124,7 @@ class Loss(NamedTuple):
             cu_seqlens=self.cu_seqlens,
             objective=ones,
             rollout_logprob=self.rollout_logprob,
-            entropy=torch.ones_like(old),
+            entropy=-torch.ones_like(old),
             normalizer=None if mode == "token-sum" else 1.0,
         )
         return round(counted.loss.item())
