@@ -131,7 +131,7 @@ def test_topk_over_chunks(device):
     torch.testing.assert_close(got[6], want[6])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("depth", [32, 13])
 def test_the_fused_kernel_is_as_exact_as_chunks(device, dtype, depth, monkeypatch):
     """Aligned and unaligned tiles, more tokens than a tile, several stretches of the vocabulary."""
