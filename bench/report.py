@@ -228,7 +228,8 @@ def _kernel_resources(path: Path, saved: dict, document: Path) -> str:
     head = ["op", "kernel", "dtype", "compiled", *(f"sm_{c}" for c in capabilities), "spilled"]
     lines += _head(head)
     for (op, kernel, dtype, count), rows in found.items():
-        cells = [f"{rows[c]['registers']}, {rows[c]['shared_bytes'] / 1024:.3g} KiB" for c in rows]
+        used = (rows[c] for c in capabilities)
+        cells = [f"{row['registers']}, {row['shared_bytes']:,} B" for row in used]
         spilled = max(row["local_bytes"] for row in rows.values())
         lines.append(_line([op, kernel, dtype, str(count), *cells, f"{spilled} B"]))
     limits = {row["capability"]: row["shared_limit"] // 1024 for row in saved["rows"]}

@@ -253,6 +253,18 @@ def test_the_error_tables_tell_roundings_apart(dtype, monkeypatch):
         assert all(error > 1e-3 for error in gradients["rounded"].values()), gradients
 
 
+def test_a_table_of_kernel_resources(rendered):
+    row = {"op": "some_op", "kernel": "fold", "dtype": "bfloat16", "specialisations": 3}
+    found = {"registers": 40, "shared_bytes": 1536, "shared_limit": 99 * 1024, "local_bytes": 0}
+    rows = [row | found | {"capability": 120}, row | found | {"capability": 80, "local_bytes": 8}]
+    versions = {"triton": "3.9.0"}
+    result = {"kind": "kernel_resources", "versions": versions, "command": "this", "rows": rows}
+    text = rendered(result)
+    assert "triton 3.9.0. From [some_op.json](../bench/results/box/some_op.json): `this`." in text
+    assert "| op | kernel | dtype | compiled | sm_80 | sm_120 | spilled |" in text
+    assert "| some_op | fold | bfloat16 | 3 | 40, 1,536 B | 40, 1,536 B | 8 B |" in text
+
+
 def test_the_clock_replays_and_then_runs():
     clock = harness.Clock()
     clock.pending.extend([0.5, 0.25])

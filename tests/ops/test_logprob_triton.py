@@ -41,6 +41,10 @@ def head(device, dtype, rows=21, depth=32, vocab=VOCAB, bias=True):
     return tuple(None if x is None else x.to(device, dtype) for x in (hidden, weight, shift))
 
 
+def refuse(*args, **kwargs):
+    raise AssertionError("torch's matmul, whose order of sums is its own")
+
+
 def test_a_split_may_hold_the_target_the_maximum_a_nan_or_nothing(device):
     logits = torch.randn(6, VOCAB).to(device)
     logits[0, VOCAB - 1] = 30.0
@@ -77,6 +81,7 @@ def test_blocks_leave_the_partials_of_the_whole(device, dtype):
 
 def test_batch_invariant_bits(device, monkeypatch):
     """The same for any chunk_size, any rows beside, and any number of rows in the buffer."""
+    monkeypatch.setattr(torch, "mm", refuse)
     vocab = SPLIT + 133
     hidden, weight, bias = head(device, torch.bfloat16, vocab=vocab)
     rest = options(21, vocab, device, ids=2, topk=4)
@@ -131,7 +136,7 @@ def test_topk_over_chunks(device):
     torch.testing.assert_close(got[6], want[6])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("depth", [32, 13])
 def test_the_fused_kernel_is_as_exact_as_chunks(device, dtype, depth, monkeypatch):
     """Aligned and unaligned tiles, more tokens than a tile, several stretches of the vocabulary."""
@@ -181,11 +186,8 @@ def test_float32_is_never_rounded_to_tf32(device, monkeypatch):
     rest = options(3, 50, device)
     want = linear_reference.forward(hidden, weight, bias, *rest, False, 0)
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("torch.mm")
-
     monkeypatch.setattr(torch, "mm", refuse)
-    with pytest.raises(AssertionError, match="mm"):
+    with pytest.raises(AssertionError, match="matmul"):
         linear.forward(hidden, weight, bias, *rest, False, 0)
     torch.set_float32_matmul_precision("high")
     try:

@@ -62,7 +62,8 @@ def linear_logprob(
         batch_invariant: a row's results have the same bits whatever rows share the call. On CPU
             they always have; on CUDA this takes matmuls of a fixed order.
         chunk_size: how many entries of the vocabulary have their logits in memory at a time, on
-            CUDA; None leaves it to the kernel.
+            CUDA, in steps of 4096; None leaves it to the kernel. Fewer than 4096 asks for none at
+            all in the forward, which ids, topk and batch_invariant do not allow.
         tp_group: the ranks among which the vocabulary is cut, as Megatron cuts it. Rank r passes
             rows [r V, (r + 1) V) of weight, bias and vocab_mask, V being the same on all ranks, and
             everything else in full: hidden, temperature, and targets, ids and vocab_size that

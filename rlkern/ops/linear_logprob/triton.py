@@ -320,7 +320,7 @@ def forward_keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: obj
 
 
 def _path(head: Head, rows: Rows, scalars: Scalars, topk: int) -> str:
-    """ "chunks" or "fused".
+    """Which way to the statistics: "chunks" or "fused".
 
     A chunk_size under the smallest chunk, SPLIT, asks for no buffer at all. The fused kernel has
     neither ids nor top-k, and sums in another order than chunks, whose bits a batch-invariant call

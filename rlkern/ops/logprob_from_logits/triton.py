@@ -27,6 +27,8 @@ from rlkern.ops._triton import (
 
 # The columns of a program: 16 float32 a thread at eight warps. Blocks begin at multiples of it.
 SPLIT = 4096
+# Columns of a program that writes gradients: with more a thread, ptxas spills for occupancy's sake.
+GRADIENT_BLOCK = 2048
 # What a split leaves: max, sum e^d, sum e^d d, sum e^2d, the target's logit.
 PARTIALS = tl.constexpr(5)
 # Tokens that are picked at a time.
@@ -242,37 +244,41 @@ def _gradient_kernel(
     ignore_index,
     HAS_CAP: tl.constexpr,
     ROUND: tl.constexpr,
-    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_IDS: tl.constexpr,
 ):
     """Columns from width to written are padding and get 0; d_block may be block."""
     row = tl.program_id(0).to(tl.int64)
-    begin = tl.program_id(1) * SPLIT
-    offset = begin + tl.arange(0, SPLIT)
+    begin = tl.program_id(1) * BLOCK
+    offset = begin + tl.arange(0, BLOCK)
     inside = offset < width
     inv = inverse(row_temperature, row, temperature, logit_scale, HAS_CAP)
     x = tl.load(block + row * stride + offset, mask=inside, other=0.0).to(tl.float32)
     x, allowed = processed(
         x, bias, vocab_mask, first + offset, inside, logit_scale, softcap, HAS_CAP, ROUND
     )
-    hits = tl.zeros((SPLIT,), tl.float32)
     a = 0.0
+    target = tl.load(targets + row)
     if grad_logprob is not None:
-        target = tl.load(targets + row)
         a = tl.where(target == ignore_index, 0.0, tl.load(grad_logprob + row))
-        hits += tl.where(offset == offset_of(target, first, width), a, 0.0)
     constant, b = gradient_constants(a, grad_logsumexp, grad_entropy, entropy, row)
+    if grad_ids is not None:
+        for start in range(0, ids_count, BLOCK_IDS):
+            k = start + tl.arange(0, BLOCK_IDS)
+            token = tl.load(ids + row * ids_count + k, mask=k < ids_count, other=0)
+            g = tl.load(grad_ids + row * ids_count + k, mask=k < ids_count, other=0.0)
+            constant -= tl.sum(tl.where(token == ignore_index, 0.0, g), 0)
+    log_p = clamped(x * inv - tl.load(logsumexp + row))
+    d = tl.exp(log_p) * (constant - b * log_p)
+    d += tl.where(offset == offset_of(target, first, width), a, 0.0)
     if grad_ids is not None:
         for k in range(ids_count):
             token = tl.load(ids + row * ids_count + k)
-            g = tl.load(grad_ids + row * ids_count + k)
-            g = tl.where(token == ignore_index, 0.0, g)
-            constant -= g
             at = offset_of(token, first, width)
             # most ids lie elsewhere
-            if (at >= begin) & (at < begin + SPLIT):
-                hits += tl.where(offset == at, g, 0.0)
-    log_p = clamped(x * inv - tl.load(logsumexp + row))
-    d = (tl.exp(log_p) * (constant - b * log_p) + hits) * inv
+            if (at >= begin) & (at < begin + BLOCK) & (token != ignore_index):
+                d += tl.where(offset == at, tl.load(grad_ids + row * ids_count + k), 0.0)
+    d = d * inv
     if HAS_CAP:
         d = d * softcap_slope(x, logit_scale, softcap)
     d = rounded(tl.where(allowed, d, 0.0), d_block.dtype.element_ty)
@@ -416,7 +422,7 @@ def gradient(
     """
     if d_block.numel() == 0:
         return
-    _gradient_kernel[(block.shape[0], triton.cdiv(d_block.shape[1], SPLIT))](
+    _gradient_kernel[(block.shape[0], triton.cdiv(d_block.shape[1], GRADIENT_BLOCK))](
         *grads,
         block,
         bias,
@@ -439,7 +445,8 @@ def gradient(
         scalars.ignore_index,
         HAS_CAP=scalars.softcap > 0,
         ROUND=scalars.round_logits,
-        SPLIT=SPLIT,
+        BLOCK=GRADIENT_BLOCK,
+        BLOCK_IDS=BLOCK_IDS,
         num_warps=8,
     )
 
