@@ -120,14 +120,18 @@ def _fold_kernel(
 
 @triton.jit
 def _to_logprobs(values, ids, row, count, top, log_sum, inv, ignore_index, BLOCK: tl.constexpr):
-    """A row's capped logits become log-probs, 0 where the id is ignore_index."""
+    """A row's capped logits become log-probs: 0 where the id is ignore_index; of a top-k, whose ids
+    are None, -inf where there is no token."""
     for start in range(0, count, BLOCK):
         k = start + tl.arange(0, BLOCK)
         at = row * count + k
-        value = (tl.load(values + at, mask=k < count, other=0.0) - top) * inv - log_sum
+        logit = tl.load(values + at, mask=k < count, other=0.0)
+        value = (logit - top) * inv - log_sum
         if ids is not None:
             token = tl.load(ids + at, mask=k < count, other=0)
             value = tl.where(token == ignore_index, 0.0, value)
+        else:
+            value = tl.where(logit == float("-inf"), logit, value)
         tl.store(values + at, value, mask=k < count)
 
 
