@@ -1,6 +1,7 @@
 """rlkern: fused kernels for RL post-training of language models."""
 
 from rlkern.ops._logprob import LogprobOutput
+from rlkern.ops.gae import GaeOutput, gae
 from rlkern.ops.group_advantage import group_advantage
 from rlkern.ops.linear_logprob import linear_logprob
 from rlkern.ops.logprob_from_logits import logprob_from_logits
@@ -11,9 +12,11 @@ from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
 __version__ = "0.1.0"
 
 __all__ = [
+    "GaeOutput",
     "LogprobOutput",
     "PolicyLossOutput",
     "PolicyObjective",
+    "gae",
     "group_advantage",
     "linear_logprob",
     "logprob_from_logits",

@@ -15,6 +15,7 @@ OPS = (
     "linear_logprob",
     "policy_loss",
     "group_advantage",
+    "gae",
     "segment_reduce",
     "sparse_linear_logprob",
 )
