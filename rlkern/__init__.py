@@ -8,6 +8,7 @@ from rlkern.ops.logprob_from_logits import logprob_from_logits
 from rlkern.ops.policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
 from rlkern.ops.segment_reduce import segment_reduce
 from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
+from rlkern.ops.value_loss import ValueLossOutput, value_loss
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "LogprobOutput",
     "PolicyLossOutput",
     "PolicyObjective",
+    "ValueLossOutput",
     "gae",
     "group_advantage",
     "linear_logprob",
@@ -23,4 +25,5 @@ __all__ = [
     "policy_loss",
     "segment_reduce",
     "sparse_linear_logprob",
+    "value_loss",
 ]

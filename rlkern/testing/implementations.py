@@ -16,6 +16,7 @@ OPS = (
     "policy_loss",
     "group_advantage",
     "gae",
+    "value_loss",
     "segment_reduce",
     "sparse_linear_logprob",
 )
