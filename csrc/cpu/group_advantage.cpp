@@ -28,21 +28,25 @@ struct Rows {
   bool masked(int64_t i) const { return mask && !mask[i]; }
   bool inside(int64_t i) const { return group[i] >= 0 && group[i] < num_groups; }
   bool counted(int64_t i) const { return inside(i) && !masked(i); }
-  double weight(int64_t i) const { return weights ? weights[i] : 1.0; }
 };
 
-template <class T>
+template <bool kWeighted, class T>
 std::vector<GroupMoments> moments_of(const T* rewards, const Rows& rows) {
+  const auto weight = [&](int64_t i) { return kWeighted ? rows.weights[i] : 1.0; };
   std::vector<GroupMoments> groups(rows.num_groups);
   for (int64_t i = 0; i < rows.count; ++i)
-    if (rows.counted(i))
-      groups[rows.group[i]].push(static_cast<double>(rewards[i]), rows.weight(i));
+    if (rows.counted(i)) groups[rows.group[i]].push(static_cast<double>(rewards[i]), weight(i));
   for (int64_t i = 0; i < rows.count; ++i) {
     if (!rows.counted(i)) continue;
     GroupMoments& g = groups[rows.group[i]];
-    g.push_deviation(g.deviation(static_cast<double>(rewards[i])), rows.weight(i));
+    g.push_deviation(g.deviation(static_cast<double>(rewards[i])), weight(i));
   }
   return groups;
+}
+
+template <class T>
+std::vector<GroupMoments> moments_of(const T* rewards, const Rows& rows) {
+  return rows.weights ? moments_of<true>(rewards, rows) : moments_of<false>(rewards, rows);
 }
 
 template <class T>

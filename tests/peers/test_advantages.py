@@ -37,7 +37,7 @@ class Config(dict):
     __getattr__ = dict.__getitem__
 
 
-def estimated(core_algos, name, batch, **options):
+def estimated(core_algos, name, batch, /, **options):
     """verl's advantage of each row; it is the same at all of its tokens."""
     _, _, mask, token_rewards = batch
     estimate = core_algos.get_adv_estimator_fn(name)

@@ -113,7 +113,7 @@ def group_advantage(
     if kind == "gdpo" and rewards.shape[1] == 0:
         _check.fail(_OP, "rewards", "of shape (N, K), K >= 1", tuple(rewards.shape))
     rows = rewards.shape[0]
-    _check_ids("group_ids", group_ids, rewards)
+    _check_rows("group_ids", group_ids, rewards, _check.INTEGERS)
     num_groups = rows if num_groups is None else _check_count("num_groups", num_groups)
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
         raise TypeError(f"{_OP}: expected epsilon to be a number, got {type(epsilon).__name__}")
@@ -127,7 +127,7 @@ def group_advantage(
     if look:
         _check_range("group_ids", group_ids, mask, "num_groups", num_groups)
     if agent_ids is not None or num_agents is not None:
-        _check_ids("agent_ids", agent_ids, rewards)
+        _check_rows("agent_ids", agent_ids, rewards, _check.INTEGERS)
         num_agents = _check_count("num_agents", num_agents)
         if look:
             _check_range("agent_ids", agent_ids, mask, "num_agents", num_agents)
@@ -164,10 +164,6 @@ def _check_rows(name: str, value: Tensor, rewards: Tensor, allowed: Sequence[tor
     _check.dtype(_OP, name, value, allowed)
     _check.shape(_OP, name, value, rewards.shape[:1], "(N,)")
     _check.same_device(_OP, name, value, "rewards", rewards.device)
-
-
-def _check_ids(name: str, value: Tensor, rewards: Tensor) -> None:
-    _check_rows(name, value, rewards, _check.INTEGERS)
 
 
 def _check_count(name: str, value: int) -> int:

@@ -17,14 +17,13 @@ enum class AdvantageKind : int64_t { kGrpo, kDrGrpo, kRloo, kBatchStd, kMaxRl, k
 inline constexpr int64_t kNumAdvantageKinds = 7;
 
 struct GroupMoments {
-  int64_t rows = 0;
-  double count = 0.0;  // sum of weights
-  double first = 0.0;
+  double count = 0.0;    // sum of weights
+  double first = NAN;    // NaN until there is one; if that is NaN, the sum already is
   double sum = 0.0;      // of r - first
   double squares = 0.0;  // of deviations
 
   RLK_HD void push(double r, double weight) {
-    if (rows++ == 0) first = r;
+    if (std::isnan(first)) first = r;
     count += weight;
     sum += weight * (r - first);
   }
