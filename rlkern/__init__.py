@@ -1,6 +1,7 @@
 """rlkern: fused kernels for RL post-training of language models."""
 
 from rlkern.ops._logprob import LogprobOutput
+from rlkern.ops.gae import GaeOutput, gae
 from rlkern.ops.group_advantage import group_advantage
 from rlkern.ops.linear_logprob import linear_logprob
 from rlkern.ops.linear_policy_loss import LinearPolicyLossOutput, linear_policy_loss
@@ -8,14 +9,18 @@ from rlkern.ops.logprob_from_logits import logprob_from_logits
 from rlkern.ops.policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
 from rlkern.ops.segment_reduce import segment_reduce
 from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
+from rlkern.ops.value_loss import ValueLossOutput, value_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GaeOutput",
     "LinearPolicyLossOutput",
     "LogprobOutput",
     "PolicyLossOutput",
     "PolicyObjective",
+    "ValueLossOutput",
+    "gae",
     "group_advantage",
     "linear_logprob",
     "linear_policy_loss",
@@ -23,4 +28,5 @@ __all__ = [
     "policy_loss",
     "segment_reduce",
     "sparse_linear_logprob",
+    "value_loss",
 ]

@@ -56,3 +56,20 @@ def positive(op: str, argument: str, value: object) -> None:
         raise TypeError(f"{op}: expected {argument} to be a number, got {type(value).__name__}")
     if not 0 < value < float("inf"):
         fail(op, argument, "to be positive and finite", value)
+
+
+def offsets(op: str, value: Tensor | None, other: str, packed: Tensor) -> None:
+    """`cu_seqlens` of a packed tensor; the values only where reading them stalls nothing."""
+    if value is None:
+        fail(op, "cu_seqlens", f"of shape (S + 1,) with packed {other}", None)
+    tensor(op, "cu_seqlens", value)
+    dtype(op, "cu_seqlens", value, INTEGERS)
+    ndim(op, "cu_seqlens", value, "(S+1,)")
+    if value.shape[0] == 0:
+        fail(op, "cu_seqlens", "of shape (S + 1,), S >= 0", (0,))
+    same_device(op, "cu_seqlens", value, other, packed.device)
+    if value.is_cpu and not torch.compiler.is_compiling():
+        tokens, bounds = packed.shape[0], value.tolist()
+        if bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
+            got = bounds if len(bounds) <= 8 else f"{str(bounds[:4])[:-1]}, ..., {bounds[-1]}]"
+            fail(op, "cu_seqlens", f"to rise from 0 to T = {tokens}", got)

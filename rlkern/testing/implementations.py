@@ -15,6 +15,8 @@ OPS = (
     "linear_logprob",
     "policy_loss",
     "group_advantage",
+    "gae",
+    "value_loss",
     "segment_reduce",
     "sparse_linear_logprob",
 )

@@ -1,4 +1,6 @@
-"""Group-relative advantages."""
+"""Group-relative advantages: the op itself; its compositions in test_group_advantage_methods.py."""
+
+import importlib
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ def oracle(rewards, group_ids, kind, epsilon):
     """The formulas of verl and TRL in numpy, in float64, for groups of at least two rows.
 
     verl/trainer/ppo/core_algos.py: compute_grpo_outcome_advantage, compute_rloo_outcome_advantage
-    (their form R n/(n-1) - mean n/(n-1)); trl/trainer/grpo_trainer.py: scale_rewards="batch".
+    (their form R n/(n-1) - mean n/(n-1)), compute_grpo_passk_outcome_advantage;
+    trl/trainer/grpo_trainer.py: scale_rewards="batch"; SkyRL: compute_maxrl_advantage.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     out = np.empty_like(rewards)
@@ -33,14 +36,21 @@ def oracle(rewards, group_ids, kind, epsilon):
             out[i] = rewards[i] - mine.mean()
         elif kind == "rloo":
             out[i] = rewards[i] * n / (n - 1) - mine.mean() * n / (n - 1)
+        elif kind == "maxrl":
+            out[i] = (rewards[i] - mine.mean()) / (mine.mean() + epsilon)
+        elif kind in ("passk", "grpo_passk"):
+            second, best = np.sort(mine)[-2:]
+            wins = i == np.flatnonzero((group_ids == group) & (rewards == best))[0]
+            scale = mine.std(ddof=1) + epsilon if kind == "grpo_passk" else 1.0
+            out[i] = (best - second) / scale if wins else 0.0
         else:
             out[i] = (rewards[i] - mine.mean()) / (rewards.std(ddof=1) + epsilon)
     return out
 
 
-def run(kernel, rewards, group_ids, kind, num_groups=None, epsilon=1e-6, mask=None):
+def run(kernel, rewards, group_ids, kind, num_groups=None, epsilon=1e-6, mask=None, weights=None):
     num_groups = rewards.shape[0] if num_groups is None else num_groups
-    return kernel.forward(rewards, group_ids, mask, KINDS.index(kind), num_groups, epsilon)
+    return kernel.forward(rewards, group_ids, mask, weights, KINDS.index(kind), num_groups, epsilon)
 
 
 def shuffled(rows, groups, seed=0):
@@ -80,7 +90,7 @@ def test_equals_what_trainers_compute(device, kind):
             assert error.max() <= 1.0, f"{kernel.name} {kind} {rows}x{groups}: {error.max()} ulp"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo", "batch_std"])
 def test_closer_to_float64_than_torch(kind):
     """Where the mean is a thousand times the spread, float32 sums lose what we keep."""
     rewards = 1000.0 + torch.rand(512, 16)
@@ -113,7 +123,8 @@ def test_a_group_of_one_and_equal_rewards_give_exactly_zero(device, kind, epsilo
         mixed = torch.where(third == 1, 0.7, torch.randn(30).to(device))
         got = run(kernel, mixed, third, kind, None, epsilon)
         assert (got[third == 1] == 0).all(), kernel.name
-        assert (got[third != 1] != 0).all(), kernel.name
+        winners = 2 if kind in ("passk", "grpo_passk") else int((third != 1).sum())
+        assert (got[third != 1] != 0).sum() == winners, kernel.name
 
 
 def test_equal_rewards_in_plain_torch():
@@ -214,22 +225,105 @@ def test_scalars_reach_the_kernel():
     seen = []
     for kind in range(len(KINDS)):
         for num_groups, epsilon in ((2, 0.375), (2, 5.0), (1, 0.375)):
-            args = (rewards, group_ids, None, kind, num_groups, epsilon)
+            args = (rewards, group_ids, None, None, kind, num_groups, epsilon)
             got = torch.ops.rlkern.group_advantage(*args)
             want = reference.forward(*args)
             torch.testing.assert_close(got, want, equal_nan=True)
             assert got.isnan().tolist() == [False] * 3 + [num_groups == 1] * 2
-            seen.append(got[:2].tolist())
-    # epsilon matters to grpo and batch_std alone, and each kind is another result
-    assert len({tuple(s) for s in seen[0::3]}) == 4
+            seen.append(got[:3].tolist())
+    # epsilon matters to the kinds that divide, and each kind is another result
+    assert len({tuple(s) for s in seen[0::3]}) == len(KINDS)
     assert seen[0] != seen[1]
     assert seen[9] != seen[10]
     assert seen[3] == seen[4]
     mask = torch.tensor([True, False, True, True, True])
-    masked = torch.ops.rlkern.group_advantage(rewards, group_ids, mask, 1, 2, 0.0)
+    masked = torch.ops.rlkern.group_advantage(rewards, group_ids, mask, None, 1, 2, 0.0)
     assert masked.tolist() == [-1.5, 0.0, 1.5, 3.0, -3.0]
-    with pytest.raises(RuntimeError, match=r"kind must be in \[0, 4\), got 4"):
-        torch.ops.rlkern.group_advantage(rewards, group_ids, None, 4, 2, 0.0)
+    weights = torch.tensor([1.0, 2.0, 5.0, 3.0, 1.0], dtype=torch.float64)
+    weighted = torch.ops.rlkern.group_advantage(rewards, group_ids, None, weights, 1, 2, 0.0)
+    assert weighted.tolist() == [-2.125, -1.125, 0.875, 1.5, -4.5]
+    moments = torch.ops.rlkern.group_moments(rewards, group_ids, mask, weights, 4)
+    # 1 once and 4 five times: squares 3.5^2 / 6 ... over 5
+    want = [[6.0, 4.0, 0, 0], [3.5, 7.5, 0, 0], [1.5**0.5, 3.0, 0, 0]]
+    torch.testing.assert_close(moments, torch.tensor(want, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"kind must be in \[0, 7\), got 7"):
+        torch.ops.rlkern.group_advantage(rewards, group_ids, None, None, 7, 2, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "batch_std", "maxrl"])
+def test_a_weight_is_a_number_of_copies(device, kind):
+    group_ids, copies = shuffled(60, 6), torch.randint(1, 5, (60,))
+    rewards = torch.rand(60)
+    repeated = torch.arange(60).repeat_interleave(copies)
+    mask = torch.rand(60) < 0.8
+    for kernel in checks.kernels(OP, device):
+        for kept in (None, mask):
+            got = run(
+                kernel,
+                rewards.double().to(device),
+                group_ids.to(device),
+                kind,
+                6,
+                mask=None if kept is None else kept.to(device),
+                weights=copies.double().to(device),
+            ).cpu()
+            every = repeated if kept is None else repeated[kept[repeated]]
+            want = run(
+                kernel, rewards[every].double().to(device), group_ids[every].to(device), kind, 6
+            )
+            torch.testing.assert_close(got[every], want.cpu(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_group_without_weight(device):
+    rewards = torch.tensor([1.0, 2.0, 4.0, NAN, 3.0], device=device)
+    group_ids = torch.tensor([0, 0, 1, 2, 2], device=device)
+    weights = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64, device=device)
+    for kernel in checks.kernels(OP, device):
+        for kind in ("grpo", "dr_grpo", "maxrl"):
+            got = run(kernel, rewards, group_ids, kind, 3, weights=weights)
+            assert (got[:3] == 0).all(), f"{kernel.name} {kind}"
+            assert got[3:].isnan().all(), f"{kernel.name} {kind}"
+
+
+@pytest.mark.parametrize("dtype", [*checks.DTYPES, torch.float64])
+def test_moments(device, dtype):
+    """Of groups with and without rows, masked, weighted, of one row, of a row that is no number."""
+    group_ids = torch.where(torch.arange(80) % 9 == 8, 12, torch.arange(80) % 9)
+    rewards = (torch.randn(80) + 5).to(dtype)
+    rewards[4::9] = 0.1
+    rewards[14], rewards[3] = NAN, INF
+    mask = torch.rand(80) < 0.8
+    mask[[14, 3]] = torch.tensor([True, False])
+    for weights in (None, torch.randint(0, 4, (80,)).double()):
+        want = torch.zeros(3, 14, dtype=torch.float64)
+        for group in range(14):
+            rows = mask & (group_ids == group)
+            w = torch.ones(80, dtype=torch.float64) if weights is None else weights
+            r = rewards[rows].double().repeat_interleave(w[rows].long())
+            if len(r):
+                spread = 0 * r[0] if len(r) == 1 else r.std()
+                want[:, group] = torch.stack([w[rows].sum(), r.mean(), spread])
+            if rewards[rows].isnan().any():
+                want[1:, group] = NAN
+        for kernel in checks.kernels(OP, device):
+            moments = torch.ops.rlkern.group_moments
+            if kernel.name != "native":
+                moments = importlib.import_module(f"rlkern.ops.{OP}.{kernel.name}").moments
+            args = (rewards, group_ids, mask, weights)
+            args = [None if a is None else a.to(device) for a in args]
+            got = moments(*args, 14).cpu()
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9, equal_nan=True)
+            # equal rewards have no spread at all
+            assert got[2, 4] == 0, kernel.name
+            nothing = moments(*(None if a is None else a[:0] for a in args), 3)
+            assert nothing.tolist() == [[0.0] * 3] * 3
+
+
+def test_moments_opcheck(device):
+    args = (torch.randn(9), torch.arange(9) // 3, torch.rand(9) < 0.7, torch.rand(9).double())
+    args = [a.to(device) for a in args]
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.rlkern.group_moments, (*args, 4), test_utils=tests)
 
 
 def test_a_worked_example():
@@ -320,11 +414,16 @@ def test_any_shape(rows, groups, kind, dtype, ids, binary, offset, kept, seed):
     # advantages of a group sum to 0, and order its rows as the rewards do
     for group in group_ids[count].unique():
         member = count & (group_ids == group)
-        assert abs(got[member].double().sum()) <= 1e-5 * max(1.0, got[member].abs().sum())
+        if "passk" in kind:
+            assert (got[member] != 0).sum() <= 1
+        else:
+            assert abs(got[member].double().sum()) <= 1e-5 * max(1.0, got[member].abs().sum())
         order = rewards[member].argsort(stable=True)
-        assert (got[member][order].diff() >= 0).all()
+        # a negative mean turns maxrl around
+        turned = kind == "maxrl" and rewards[member].mean() < 0
+        assert ((got[member] * (-1 if turned else 1))[order].diff() >= 0).all() or "passk" in kind
     truth = reference.forward(
-        rewards.double(), group_ids.long(), mask, KINDS.index(kind), groups, 1e-6
+        rewards.double(), group_ids.long(), mask, None, KINDS.index(kind), groups, 1e-6
     )
     torch.testing.assert_close(got.double(), truth, rtol=2e-7, atol=1e-12)
 
@@ -364,7 +463,7 @@ REWARDS, IDS = torch.zeros(4), torch.tensor([0, 1, 1, 0])
             ValueError,
             r"group_ids in \[0, num_groups = 4\), got 5 at position 1",
         ),
-        ({"kind": "gae"}, ValueError, "one of batch_std, dr_grpo, grpo, rloo, got 'gae'"),
+        ({"kind": "gae"}, ValueError, "one of ace, batch_std, .*, w_reinforce, got 'gae'"),
         ({"num_groups": -1}, ValueError, "num_groups to be at least 0, got -1"),
         ({"num_groups": 2.0}, TypeError, "expected num_groups to be an int, got float"),
         ({"num_groups": True}, TypeError, "expected num_groups to be an int, got bool"),
