@@ -5,6 +5,7 @@ from rlkern.ops.group_advantage import group_advantage
 from rlkern.ops.linear_logprob import linear_logprob
 from rlkern.ops.logprob_from_logits import logprob_from_logits
 from rlkern.ops.policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
+from rlkern.ops.policy_loss.groups import balanced_clip, group_policy_loss, self_reward_loss
 from rlkern.ops.segment_reduce import segment_reduce
 from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
 
@@ -14,10 +15,13 @@ __all__ = [
     "LogprobOutput",
     "PolicyLossOutput",
     "PolicyObjective",
+    "balanced_clip",
     "group_advantage",
+    "group_policy_loss",
     "linear_logprob",
     "logprob_from_logits",
     "policy_loss",
     "segment_reduce",
+    "self_reward_loss",
     "sparse_linear_logprob",
 ]
