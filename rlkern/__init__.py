@@ -7,6 +7,7 @@ from rlkern.ops.linear_logprob import linear_logprob
 from rlkern.ops.linear_policy_loss import LinearPolicyLossOutput, linear_policy_loss
 from rlkern.ops.logprob_from_logits import logprob_from_logits
 from rlkern.ops.policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
+from rlkern.ops.policy_loss.groups import balanced_clip, group_policy_loss, self_reward_loss
 from rlkern.ops.segment_reduce import segment_reduce
 from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
 from rlkern.ops.value_loss import ValueLossOutput, value_loss
@@ -20,13 +21,16 @@ __all__ = [
     "PolicyLossOutput",
     "PolicyObjective",
     "ValueLossOutput",
+    "balanced_clip",
     "gae",
     "group_advantage",
+    "group_policy_loss",
     "linear_logprob",
     "linear_policy_loss",
     "logprob_from_logits",
     "policy_loss",
     "segment_reduce",
+    "self_reward_loss",
     "sparse_linear_logprob",
     "value_loss",
 ]

@@ -18,7 +18,30 @@
 
 namespace rlkern {
 
-// This kernel is made of selects: sixteen lanes with AVX-512, eight without (see vec.h).
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RLK_X86_VERSIONS
+// AVX-512 compares into mask registers, which GCC 12 has no vectors for: it compares lane by lane
+// where the result is not the condition of one select.
+template <>
+struct Compare<f32x16> {
+  static RLK_HD i32x16 spread(uint16_t bits) {
+    i32x16 mask;
+    asm("vpmovm2d %1, %0" : "=v"(mask) : "k"(bits));
+    return mask;
+  }
+  static RLK_HD i32x16 above(f32x16 x, f32x16 y) {
+    uint16_t bits;
+    asm("vcmpps $30, %2, %1, %0" : "=k"(bits) : "v"(x), "v"(y));
+    return spread(bits);
+  }
+  static RLK_HD i32x16 equal(f32x16 x, f32x16 y) {
+    uint16_t bits;
+    asm("vcmpps $0, %2, %1, %0" : "=k"(bits) : "v"(x), "v"(y));
+    return spread(bits);
+  }
+};
+#endif
+
 namespace {
 
 using torch::stable::Tensor;
@@ -108,8 +131,7 @@ RLK_HD void all_tokens(const PolicyParams& p, const Tokens& t, Partial& out) {
     for (int64_t i = 0; i < ends[part]; i += kStep) {
       const Tokens& now = parts[part];
       const auto counts = load_as<Ints<F>>(now.counts + i);
-      const F one = Bits<F>::from(Bits<F>::of(F{} + 1.0f) & counts);
-      const PolicyGrad<F> g = policy_token(p, load_tokens<F>(now, i, counts), one, given, stats);
+      const PolicyGrad<F> g = policy_token(p, load_tokens<F>(now, i, counts), counts, given, stats);
       if (now.grad) store_as(now.grad + i, g.logprob);
       if (now.grad_entropy) store_as(now.grad_entropy + i, g.entropy);
     }
@@ -124,48 +146,19 @@ RLK_HD void all_tokens(const PolicyParams& p, const Tokens& t, Partial& out) {
   }
 }
 
-RLK_MULTIVERSION void run_eight(const PolicyParams& p, const Tokens& t, Partial& out) {
-  all_tokens<f32x8>(p, t, out);
-}
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-__attribute__((target("arch=x86-64-v4"))) void run_sixteen(const PolicyParams& p, const Tokens& t,
-                                                           Partial& out) {
-  all_tokens<f32x16>(p, t, out);
-}
-const auto run_tokens = cpu_isa() >= Isa::kAvx512 ? run_sixteen : run_eight;
-#else
-const auto run_tokens = run_eight;
-#endif
-
-int64_t count_tokens(const bool* mask, int64_t count) {
-  int64_t total = 0, i = 0;
-  for (uint64_t eight; i + 8 <= count; i += 8) {
-    std::memcpy(&eight, mask + i, 8);
-    total += eight * 0x0101010101010101u >> 56;  // the sum of eight bytes of 0 or 1
-  }
-  for (; i < count; ++i) total += mask[i];
-  return total;
-}
-
-RLK_MULTIVERSION void spread(const bool* mask, int64_t count, int32_t* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<int32_t>(mask[i]);
-}
-
 // Adds a run of one sequence's tokens.
-RLK_MULTIVERSION void add_to_sequence(const PolicyParams& p, const Tokens& t, double* sum,
-                                      float& most) {
-  constexpr int64_t kStep = kWidth<f32x8>;
+template <class F>
+RLK_HD void add_tokens(const PolicyParams& p, const Tokens& t, double* sum, float& most) {
+  constexpr int64_t kStep = kWidth<F>;
   const int64_t whole = t.count - t.count % kStep;
-  SequenceSums<f32x8> sums;
+  SequenceSums<F> sums;
   Tail tail;
   const Tokens parts[] = {t, tail.of(t, whole)};
   const int64_t ends[] = {whole, t.count - whole};
   for (int part = 0; part < 2; ++part)
     for (int64_t i = 0; i < ends[part]; i += kStep) {
-      const i32x8 counts = load_as<i32x8>(parts[part].counts + i);
-      const f32x8 one = (f32x8)((i32x8)(f32x8{} + 1.0f) & counts);
-      sequence_token(p, load_tokens<f32x8>(parts[part], i, counts), one, sums);
+      const auto counts = load_as<Ints<F>>(parts[part].counts + i);
+      sequence_token(p, load_tokens<F>(parts[part], i, counts), counts, sums);
     }
   for (int k = 0; k < kNumSequenceSums; ++k) sum[k] += reduce_add(sums.sum[k]);
   most = std::max(most, reduce_max(sums.most));
@@ -185,8 +178,8 @@ struct Prefix {
 };
 
 // Walks a run of one sequence's tokens; out: the statistic of each, or null.
-void walk(Level level, const float* live, const float* anchor, const int32_t* counts, int64_t count,
-          Prefix& prefix, float* out) {
+inline void walk(Level level, const float* live, const float* anchor, const int32_t* counts,
+                 int64_t count, Prefix& prefix, float* out) {
   for (int64_t i = 0; i < count; ++i) {
     if (!counts[i]) continue;
     const float x = live[i] - anchor[i];
@@ -199,6 +192,105 @@ void walk(Level level, const float* live, const float* anchor, const int32_t* co
       if (out) out[i] = static_cast<float>(prefix.sum / static_cast<double>(prefix.count));
     }
   }
+}
+
+// Lanes for __builtin_shuffle: a window on it moves the lanes of one vector and brings in
+// another's.
+template <int kStep>
+struct Slide {
+  int32_t lanes[2 * kStep];
+  constexpr Slide() : lanes() {
+    for (int i = 0; i < kStep; ++i) lanes[i] = kStep, lanes[kStep + i] = i;
+  }
+};
+template <int kStep>
+constexpr Slide<kStep> kSlide;
+
+// x of the lanes `by` before; the first lanes are those of `fill`.
+template <class F>
+RLK_HD F moved(F x, F fill, int by) {
+  constexpr int kStep = kWidth<F>;
+  return __builtin_shuffle(x, fill, load_as<Ints<F>>(kSlide<kStep>.lanes + kStep - by));
+}
+
+// The lesser, or a NaN.
+template <class F>
+RLK_HD F lesser(F x, F y) {
+  return select(is_above(y, x) | ~is_equal(x, x), x, y);
+}
+
+// walk() for the minimum, by the vector: the same bits.
+template <class F>
+RLK_HD void walk_least(const float* live, const float* anchor, const int32_t* counts, int64_t count,
+                       Prefix& prefix, float* out) {
+  constexpr int kStep = kWidth<F>;
+  const F none = F{} + INFINITY;
+  F carry = F{} + prefix.least;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    const auto mask = load_as<Ints<F>>(counts + i);
+    const F x = load_as<F>(live + i) - load_as<F>(anchor + i);
+    F least = select(mask, x, none);
+    for (int by = 1; by < kStep; by *= 2) least = lesser(least, moved(least, none, by));
+    const F before = lesser(carry, moved(least, none, 1));
+    if (out) store_as(out + i, select(is_equal(before, none), x, before + x));
+    carry = lesser(carry, F{} + least[kStep - 1]);
+  }
+  prefix.least = carry[0];
+  walk(Level::kPrefixMin, live + i, anchor + i, counts + i, count - i, prefix,
+       out ? out + i : nullptr);
+}
+
+// This kernel is made of selects: each instruction set has vectors of the size of its registers.
+struct Version {
+  void (*tokens)(const PolicyParams&, const Tokens&, Partial&);
+  void (*sequence)(const PolicyParams&, const Tokens&, double*, float&);
+  void (*least)(const float*, const float*, const int32_t*, int64_t, Prefix&, float*);
+};
+#define RLK_VERSION(name, lanes, target)                                                     \
+  target void tokens_##name(const PolicyParams& p, const Tokens& t, Partial& out) {          \
+    all_tokens<lanes>(p, t, out);                                                            \
+  }                                                                                          \
+  target void sequence_##name(const PolicyParams& p, const Tokens& t, double* s, float& m) { \
+    add_tokens<lanes>(p, t, s, m);                                                           \
+  }                                                                                          \
+  target void least_##name(const float* live, const float* anchor, const int32_t* counts,    \
+                           int64_t count, Prefix& prefix, float* out) {                      \
+    walk_least<lanes>(live, anchor, counts, count, prefix, out);                             \
+  }                                                                                          \
+  constexpr Version k_##name{tokens_##name, sequence_##name, least_##name};
+RLK_VERSION(narrow, f32x4, )
+#if defined(RLK_X86_VERSIONS)
+RLK_VERSION(avx2, f32x8, __attribute__((target("arch=x86-64-v3"))))
+RLK_VERSION(avx512, f32x16, __attribute__((target("arch=x86-64-v4"))))
+const Version kVersion = cpu_isa() >= Isa::kAvx512 ? k_avx512
+                         : cpu_isa() >= Isa::kAvx2 ? k_avx2
+                                                   : k_narrow;
+#else
+const Version kVersion = k_narrow;
+#endif
+
+// What the prefixes of a run are for its tokens.
+void prefixes_of(Level level, const float* live, const float* anchor, const int32_t* counts,
+                 int64_t count, Prefix& prefix, float* out) {
+  if (level == Level::kPrefixMin)
+    kVersion.least(live, anchor, counts, count, prefix, out);
+  else
+    walk(level, live, anchor, counts, count, prefix, out);
+}
+
+int64_t count_tokens(const bool* mask, int64_t count) {
+  int64_t total = 0, i = 0;
+  for (uint64_t eight; i + 8 <= count; i += 8) {
+    std::memcpy(&eight, mask + i, 8);
+    total += eight * 0x0101010101010101u >> 56;  // the sum of eight bytes of 0 or 1
+  }
+  for (; i < count; ++i) total += mask[i];
+  return total;
+}
+
+RLK_MULTIVERSION void spread(const bool* mask, int64_t count, int32_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<int32_t>(mask[i]);
 }
 
 // Where sequences begin: cu_seqlens of either integer type, or rows of one length.
@@ -292,7 +384,7 @@ std::vector<SequenceStats> statistics(const PolicyParams& p, const Inputs& in,
           std::fill_n(advantage, t.count, in.advantage[i]);
           t.advantage = advantage;
         }
-        add_to_sequence(p, t, sum, most);
+        kVersion.sequence(p, t, sum, most);
       }
       out[i] = sequence_stats(p, present, sum, most);
     }
@@ -313,7 +405,8 @@ std::vector<Prefix> carried(const PolicyParams& p, const Inputs& in, const float
       if (i < 0 || i >= sequences.count() || sequences.begin(i + 1) <= end) continue;
       const int64_t from = std::max(begin, sequences.begin(i));
       in.counts(from, end - from, counts);
-      walk(p.level, in.logprob + from, anchor + from, counts, end - from, out[chunk + 1], nullptr);
+      prefixes_of(p.level, in.logprob + from, anchor + from, counts, end - from, out[chunk + 1],
+                  nullptr);
     }
   });
   for (int64_t chunk = 1; chunk + 1 < num_chunks; ++chunk) {
@@ -453,8 +546,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
         if (params.by_prefix()) {
           Prefix prefix;
           if (from == 0 && sequences.begin(i) < begin) prefix = prefixes[chunk];
-          walk(params.level, tokens.logprob + from, anchor + begin + from, counts + from, size,
-               prefix, statistic + from);
+          prefixes_of(params.level, tokens.logprob + from, anchor + begin + from, counts + from,
+                      size, prefix, statistic + from);
         }
       }
       for (int64_t i = segments ? segments->at(begin) : 0, token = begin; segments && token < end;
@@ -476,7 +569,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       tokens.counts = counts;
       tokens.grad = grad_out ? grad_out + begin : nullptr;
       tokens.grad_entropy = grad_entropy_out ? grad_entropy_out + begin : nullptr;
-      run_tokens(params, tokens, partials[chunk]);
+      kVersion.tokens(params, tokens, partials[chunk]);
     }
   });
 

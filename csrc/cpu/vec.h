@@ -169,6 +169,7 @@ RLK_HD float reduce_add(f32x16 x) {
 RLK_HD float reduce_add(f32x8 x) {
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
+RLK_HD float reduce_add(f32x4 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 template <class V>
 RLK_HD float reduce_max(V x) {
   float m = x[0];

@@ -64,7 +64,7 @@ void test_clipped() {
       in.logprob = static_cast<float>(x);
       in.advantage = static_cast<float>(a);
       in.weight = 0.25f;
-      const float grad = rlkern::policy_token(p, in, 1.0f, {false, false}, stats).logprob;
+      const float grad = rlkern::policy_token(p, in, -1, {false, false}, stats).logprob;
       const Token want = clipped(in.logprob, a, 0.8f, 1.28f, 3.0f, 1.5f);
       near("clipped loss", stats.sum[rlkern::kLossSum], 0.25 * want.loss, 1e-6);
       near("clipped grad", grad, 0.25 * want.grad, 1e-6);
@@ -81,8 +81,8 @@ void test_detached() {
       const double weight = std::fmin(std::fmax(static_cast<float>(r), 0.5), 2.0);
       near("detached grad", got.grad, -a * weight, 1e-6);
       near("detached loss", got.loss, -a * weight * -0.7f, 1e-6);
-      near("detached low", got.low, r < 0.5, 0);
-      near("detached high", got.high, r > 2.0, 0);
+      near("detached low", got.low, -(r < 0.5), 0);
+      near("detached high", got.high, -(r > 2.0), 0);
     }
 }
 

@@ -46,6 +46,7 @@ class Batch:
         self.ref = self.logprob + 0.4 * normal(rows, columns)
         self.entropy = normal(rows, columns).abs()
         self.advantages = normal(rows)
+        self.rollout = self.old + 0.2 * normal(rows, columns)
         self.mask = torch.arange(columns) < torch.tensor(lengths)[:, None]
 
     def ours(self, objective: PolicyObjective, **options) -> tuple[Tensor, dict, Tensor]:

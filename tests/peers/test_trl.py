@@ -119,7 +119,9 @@ class GivenLogprobs(GRPOTrainer):
         return self.given
 
 
-def theirs(folder, batch: Batch, beta: float = 0.0, items: int | None = None, **options) -> tuple:
+def theirs(
+    folder, batch: Batch, beta: float = 0.0, items: int | None = None, more=None, **options
+) -> tuple:
     made = trainer(folder, cls=GivenLogprobs, **options)
     # as an option it loads a reference model by the hub name of the first one, which has none
     made.beta = beta
@@ -140,6 +142,7 @@ def theirs(folder, batch: Batch, beta: float = 0.0, items: int | None = None, **
             "old_per_token_logps": batch.old,
             "ref_per_token_logps": batch.ref,
             "num_items_in_batch": batch.mask.sum() if items is None else torch.tensor(items),
+            **(more or {}),
         },
     )
     metrics = {name: values[-1] for name, values in made._metrics["eval"].items()}
@@ -250,21 +253,68 @@ def test_the_entropy_bonus_of_grpo_is_averaged_otherwise(tmp_path, parity):
     )
 
 
-def test_the_default_kl_of_trl_is_multiplied_by_the_ratio(tmp_path, parity):
-    batch = Batch(LENGTHS)
-    want, _, (want_grad, _) = theirs(tmp_path, batch, loss_type="dapo", beta=0.04, **CLIP)
-    ours = PolicyObjective(**(ALWAYS | OUR_CLIP), kl_coef=0.04)
-    loss, _, grad = batch.ours(ours, ref_logprob=batch.ref)
+PRESETS = {
+    "sapo": (
+        {"loss_type": "sapo", "sapo_temperature_pos": 1.2, "sapo_temperature_neg": 1.4},
+        "sapo",
+        {"sapo_temperature_pos": 1.2, "sapo_temperature_neg": 1.4, "count_empty": True},
+    ),
+    "luspo": (
+        {"loss_type": "luspo", **SEQUENCE, "epsilon": 0.02, "epsilon_high": 0.03},
+        "luspo",
+        {"epsilon_low": 0.02, "epsilon_high": 0.03, "count_empty": True},
+    ),
+    # it clamps at 20 itself
+    "vespo": ({"loss_type": "vespo"}, "vespo", {"log_ratio_clamp": 20.0}),
+    "grpo, beta, r k3": (
+        {"loss_type": "grpo", "beta": 0.04, **CLIP},
+        "grpo",
+        {"beta": 0.04, "use_bias_correction_kl": True, "count_empty": True, "epsilon_high": 0.28},
+    ),
+    "gspo, beta, s k3": (
+        {"loss_type": "grpo", "beta": 0.04, **SEQUENCE, **FINE},
+        "gspo",
+        {"beta": 0.04, "use_bias_correction_kl": True, "count_empty": True, **OUR_FINE},
+    ),
+    "dapo, off_policy_mask_threshold": (
+        {"loss_type": "dapo", "off_policy_mask_threshold": 0.02, **CLIP},
+        "dapo",
+        {"off_policy_mask_threshold": 0.02},
+    ),
+    "dapo, top_entropy_quantile": (
+        {"loss_type": "dapo", "top_entropy_quantile": 0.3, **CLIP},
+        "dapo",
+        {"selection": "top_entropy", "top_entropy_quantile": 0.3},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name, dtype, tmp_path, parity):
+    options, preset, mine = PRESETS[name]
+    batch = Batch(LENGTHS, dtype=dtype)
+    more = {}
+    if "off_policy_mask_threshold" in options:
+        more = {"sampling_per_token_logps": batch.rollout}
+    want, _, (want_grad, _) = theirs(tmp_path, batch, more=more, **options)
+    ours = PolicyObjective.preset(preset, **(ALWAYS | mine))
+    inputs = {
+        "ref_logprob": batch.ref if ours.kl_coef else None,
+        "rollout_logprob": batch.rollout if ours.needs_rollout else None,
+        "entropy": batch.entropy if ours.needs_entropy else None,
+    }
+    loss, _, grad = batch.ours(ours, **inputs)
+    # its thresholds and exponents are float32 in either case
+    single = ("sapo", "vespo", "dapo, top_entropy_quantile")
     parity(
         "policy loss",
-        "TRL dapo, beta, use_bias_correction_kl=True",
-        "float32",
+        f"TRL {name}",
+        str(dtype).removeprefix("torch."),
         rlkern=describe(ours),
         value=distance(loss, want),
         gradient=relative(grad, want_grad),
-        budget=BUDGET[torch.float32],
-        differs=True,
-        note="TRL's default KL term is r k3, which has no option here; agrees with False",
+        budget=BUDGET[torch.float32 if name in single else dtype],
     )
 
 

@@ -7,7 +7,7 @@ from peers.compare import BUDGET, DTYPES, HORIZON, Batch, describe, distance, re
 pytest.importorskip("verl")
 
 import numpy as np
-from verl.trainer.ppo import core_algos
+from verl.trainer.ppo import core_algos, rollout_corr_helper
 from verl.workers.config import ActorConfig
 
 import rlkern
@@ -33,15 +33,18 @@ def actor(**options) -> ActorConfig:
     return config
 
 
-def theirs(loss_mode: str, batch: Batch, mode: str, config: ActorConfig) -> tuple:
+def theirs(
+    loss_mode: str, batch: Batch, mode: str, config: ActorConfig, weights=None, mask=None
+) -> tuple:
     logprob = batch.logprob.clone().requires_grad_()
     loss, metrics = core_algos.get_policy_loss_fn(loss_mode)(
         old_log_prob=batch.old,
         log_prob=logprob,
         advantages=batch.advantages[:, None].expand_as(logprob),
-        response_mask=batch.mask.to(batch.dtype),
+        response_mask=(batch.mask if mask is None else mask).to(batch.dtype),
         loss_agg_mode=mode,
         config=config,
+        rollout_is_weights=weights,
     )
     (grad,) = torch.autograd.grad(loss, logprob)
     return loss.detach(), metrics, grad
@@ -111,6 +114,155 @@ def test_policy_losses(loss_mode, agg_mode, dtype, parity):
         assert metrics[name].item() == pytest.approx(want_metrics[f"actor/{name}"], abs=2e-6), name
 
 
+CLIPS = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 1.6}
+# loss_mode -> verl's options, our preset, our options, its aggregation
+MORE = {
+    "dppo_tv": (
+        {"clip_ratio_low": 0.03, "clip_ratio_high": 0.04, "clip_ratio_c": 1.1},
+        "dppo_tv",
+        {"epsilon_low": 0.03, "epsilon_high": 0.04, "clip_ratio_c": 1.1},
+        "token-mean",
+    ),
+    "dppo_kl": (
+        {"clip_ratio_low": 0.01, "clip_ratio_high": 0.02, "clip_ratio_c": 1.1},
+        "dppo_kl",
+        {"epsilon_low": 0.01, "epsilon_high": 0.02, "clip_ratio_c": 1.1},
+        "token-mean",
+    ),
+    "sapo": ({"tau_pos": 1.1, "tau_neg": 1.3}, "sapo", {}, "seq-mean-token-mean"),
+    "gpg": ({}, "gpg", {}, "token-mean"),
+    # a mean over all rows, those without tokens too; no clamp
+    "geo_mean": (
+        {"clip_ratio_low": 0.1, "clip_ratio_high": 0.2},
+        "geo_mean",
+        {"epsilon_low": 0.1, "epsilon_high": 0.2, "count_empty": True},
+        "seq-mean-token-mean",
+    ),
+    "dro": ({"dro_beta": 0.3}, "dro", {"dro_beta": 0.3}, "token-mean"),
+    "kl_cov": (
+        {"kl_cov_ratio": 0.1, "ppo_kl_coef": 0.7},
+        "kl_cov",
+        {"kl_cov_ratio": 0.1, "ppo_kl_coef": 0.7},
+        "token-mean",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss_mode", MORE)
+def test_more_policy_losses(loss_mode, dtype, parity):
+    options, preset, mine, agg_mode = MORE[loss_mode]
+    batch = Batch(LENGTHS, dtype=dtype)
+    batch.logprob.clamp_(max=-0.01)  # two of them read probabilities
+    nested = {k: v for k, v in options.items() if k.startswith(("dro", "kl_cov", "ppo_kl"))}
+    config = actor(**{k: v for k, v in options.items() if k not in nested})
+    for name, value in nested.items():
+        object.__setattr__(config.policy_loss, name, value)
+    if loss_mode == "sapo":
+        mine = options
+    ours = PolicyObjective.preset(preset, loss_agg_mode=agg_mode, **mine)
+    want, want_metrics, want_grad = theirs(loss_mode, batch, agg_mode, config)
+    loss, metrics, grad = batch.ours(ours)
+    exact = loss_mode in ("dppo_tv", "dppo_kl", "gpg", "dro", "kl_cov")
+    parity(
+        "policy loss",
+        f"verl {loss_mode}",
+        f"{agg_mode}, {str(dtype).removeprefix('torch.')}",
+        rlkern=describe(ours),
+        value=distance(loss, want),
+        gradient=relative(grad, want_grad),
+        # verl divides by n + 1e-8
+        budget=BUDGET[dtype] if exact else max(BUDGET[dtype], 2e-8),
+    )
+    if loss_mode.startswith("dppo"):
+        for name in ("pg_clipfrac", "pg_clipfrac_lower"):
+            assert metrics[name].item() > 0
+            wanted = want_metrics[f"actor/{name}"]
+            assert metrics[name].item() == pytest.approx(wanted, abs=2e-6), name
+
+
+def test_clip_cov_drops_as_many_candidates(parity):
+    """Which of them is drawn at random, so every one: a ratio of 1."""
+    batch, options = Batch(LENGTHS), {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0}
+    config = actor(clip_ratio=0.2)
+    for name, value in options.items():
+        object.__setattr__(config.policy_loss, name, value)
+    want, _, want_grad = theirs("clip_cov", batch, "token-mean", config)
+    ours = PolicyObjective.preset("clip_cov", **options)
+    loss, _, grad = batch.ours(ours)
+    assert ((grad == 0) & batch.mask).sum() > 5
+    parity(
+        "policy loss",
+        "verl clip_cov",
+        "token-mean, all candidates",
+        rlkern=describe(ours),
+        value=distance(loss, want),
+        gradient=relative(grad, want_grad),
+        budget=BUDGET[torch.float32],
+    )
+
+
+CORRECTIONS = {
+    "token, 1.2": {"rollout_is": "token", "rollout_is_threshold": 1.2},
+    "sequence, 1.5": {"rollout_is": "sequence", "rollout_is_threshold": 1.5},
+    "token, IcePop": {"rollout_is": "token", "rollout_is_threshold": "0.8_1.25"},
+    "token_k1": {"rollout_rs": "token_k1", "rollout_rs_threshold": "0.85_1.2"},
+    "token_k2 and seq_mean_k3": {
+        "rollout_rs": "token_k2,seq_mean_k3",
+        "rollout_rs_threshold": "0.05,0.02",
+    },
+    "token_k3 and seq_max_k3": {
+        "rollout_rs": "token_k3,seq_max_k3",
+        "rollout_rs_threshold": "0.06,0.1",
+    },
+    "seq_sum_k1": {"rollout_rs": "seq_sum_k1", "rollout_rs_threshold": "0.6_2.0"},
+    "seq_mean_k1": {"rollout_rs": "seq_mean_k1", "rollout_rs_threshold": "0.97_1.05"},
+    "seq_max_k2 and token": {
+        "rollout_rs": "seq_max_k2",
+        "rollout_rs_threshold": "0.08",
+        "rollout_is": "token",
+        "rollout_is_threshold": 1.1,
+    },
+}
+
+
+@pytest.mark.parametrize("agg_mode", ["token-mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_rollout_correction(name, agg_mode, parity):
+    """Its weights and its rejection mask, then its loss."""
+    options = CORRECTIONS[name]
+    batch = Batch(LENGTHS)
+    d, mask, weights = batch.old - batch.rollout, batch.mask.float(), None
+    kept = mask
+    if "rollout_rs" in options:
+        kept, _ = rollout_corr_helper.compute_rollout_rejection_mask(
+            d, mask, options["rollout_rs"], options["rollout_rs_threshold"]
+        )
+        assert 0 < kept.sum() < mask.sum()
+    if "rollout_is" in options:
+        weights, want_metrics = rollout_corr_helper.compute_rollout_correction_weights(
+            d, kept, options["rollout_is"], options["rollout_is_threshold"]
+        )
+    want, _, want_grad = theirs("vanilla", batch, agg_mode, actor(**CLIPS), weights, kept)
+    bounds = {"epsilon_low": 0.2, "epsilon_high": 0.28, "clip_ratio_c": 1.6}
+    ours = PolicyObjective.preset("ppo", loss_agg_mode=agg_mode, **bounds, **options)
+    loss, metrics, grad = batch.ours(ours, rollout_logprob=batch.rollout)
+    parity(
+        "policy loss",
+        "verl vanilla + rollout correction",
+        f"{name}, {agg_mode}",
+        rlkern=describe(ours),
+        value=distance(loss, want),
+        gradient=relative(grad, want_grad),
+        budget=BUDGET[torch.float32],
+    )
+    rejected = 1 - (kept.sum() / mask.sum()).item()
+    assert metrics["rollout_rs_masked_fraction"].item() == pytest.approx(rejected, abs=1e-6)
+    if options.get("rollout_is") == "token" and "_" not in str(options["rollout_is_threshold"]):
+        size = want_metrics["rollout_is_eff_sample_size"]
+        assert metrics["rollout_is_eff_sample_size"].item() == pytest.approx(size, rel=1e-4)
+
+
 @pytest.mark.parametrize("agg_mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
 def test_global_counts_are_the_normalizer(agg_mode, parity):
     """A micro-batch of a batch of 301 tokens in 19 sequences."""
@@ -137,6 +289,9 @@ def test_global_counts_are_the_normalizer(agg_mode, parity):
         ("k1", {"kl_type": "k1", "kl_input_clamp_value": None}),
         ("k2", {"kl_type": "k2", "kl_input_clamp_value": None}),
         ("low_var_kl", {"kl_type": "k3", "kl_output_clamp_value": 10.0}),
+        ("abs", {"kl_type": "abs", "kl_input_clamp_value": None}),
+        ("k1+", {"kl_type": "k1+", "kl_input_clamp_value": None}),
+        ("low_var_kl+", {"kl_type": "k3+", "kl_output_clamp_value": 10.0}),
     ],
 )
 @pytest.mark.parametrize("agg_mode", ["token-mean", "seq-mean-token-mean"])

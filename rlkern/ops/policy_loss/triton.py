@@ -776,7 +776,7 @@ def forward(
         SEARCH_STEPS=num_sequences.bit_length(),
         SEGMENT_STEPS=num_segments.bit_length(),
         BLOCK_T=BLOCK,
-        num_warps=4,
+        num_warps=8,
     )
     _merge_kernel[(1,)](partials, loss, metrics, num_blocks, ROWS=MERGE_ROWS, num_warps=4)
     return loss, metrics, grad, grad_entropy

@@ -8,6 +8,7 @@
 
 #include "rlkern/macros.h"
 #include "rlkern/math/exp.h"
+#include "rlkern/math/mask.h"
 
 namespace rlkern {
 
@@ -29,9 +30,9 @@ RLK_HD F log(F x) {
   const F square = f * f;
   F y = p * f * square - n * 2.12194440e-4f - 0.5f * square;
   y = f + y + n * 0.693359375f;
-  y = x == 0.0f ? F{} - INFINITY : y;
-  // the bits of a NaN and of x < 0 gave a number
-  return x >= 0.0f ? y : F{} + NAN;
+  // the bits of 0, of a NaN and of x < 0 gave a number
+  y = select(is_above(x, F{}), y, F{} + NAN);
+  return select(is_equal(x, F{}), F{} - INFINITY, y);
 }
 
 template <class F>

@@ -15,7 +15,7 @@ RLK_HD F correction_weight(F d, bool masks, float low, float high, float clamp) 
   const F w = exp(bounded(d, F{} - clamp, F{} + clamp));
   const F held = bounded(w, F{} + low, F{} + high);
   if (!masks) return held;
-  return zero_where(is_below(w, F{} + low) + is_above(w, F{} + high), w);
+  return unless(is_above(F{} + low, w) | is_above(w, F{} + high), w);
 }
 
 // k1 = -d, k2 = d^2 / 2, k3 = exp(d) - 1 - d, as verl numbers them
@@ -27,10 +27,10 @@ RLK_HD F rejection_statistic(F d, int metric, float clamp) {
   return exp_minus_linear(d);
 }
 
-// 1 where the statistic is out of bounds
+// where the statistic is out of bounds
 template <class F>
-RLK_HD F is_rejected(F statistic, float low, float high) {
-  return is_below(statistic, F{} + low) + is_above(statistic, F{} + high);
+RLK_HD Mask<F> is_rejected(F statistic, float low, float high) {
+  return is_above(F{} + low, statistic) | is_above(statistic, F{} + high);
 }
 
 }  // namespace rlkern

@@ -27,7 +27,7 @@ RLK_HD F exp_minus_linear(F x) {
   p = p * x + 1.6666665459e-1f;
   p = p * x + 5.0000001201e-1f;
   const F near = p * x * x, far = exp(x) - 1.0f - x;
-  return x * x < 0.1156f ? near : far;
+  return select(is_above(F{} + 0.1156f, x * x), near, far);
 }
 
 template <class F>
@@ -40,8 +40,9 @@ RLK_HD KlTerm<F> kl_term(F delta, KlType type, float input_clamp, float output_c
     value = 0.5f * delta * delta;
     grad = delta;
   } else if (type == KlType::kAbs) {
-    value = delta < 0.0f ? -delta : delta;
-    grad = is_above(delta, F{}) - is_below(delta, F{});
+    const Mask<F> up = is_above(delta, F{}), down = is_above(F{}, delta);
+    value = select(down, -delta, delta);
+    grad = as_number<F>(up) - as_number<F>(down);
   } else if (type == KlType::kK3 || type == KlType::kK3Plus) {
     value = exp_minus_linear(-delta);
     grad = delta - value;  // 1 - exp(-D)
@@ -49,7 +50,7 @@ RLK_HD KlTerm<F> kl_term(F delta, KlType type, float input_clamp, float output_c
   const F held = bounded(value, F{} - output_clamp, F{} + output_clamp);
   if (type == KlType::kK1Plus || type == KlType::kK3Plus) return {held, whole};
   const F past = value - held;
-  return {held, zero_where(outside * outside + past * past, grad)};
+  return {held, unless(is_above(outside * outside + past * past, F{}), grad)};
 }
 
 }  // namespace rlkern

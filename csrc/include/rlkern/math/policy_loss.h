@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "rlkern/math/exp.h"
+#include "rlkern/math/mask.h"
 #include "rlkern/math/policy_correction.h"
 #include "rlkern/math/policy_kl.h"
 #include "rlkern/math/policy_surrogates.h"
@@ -143,17 +144,17 @@ RLK_HD F anchor_of(const PolicyParams& p, const PolicyInput<F>& in) {
   return p.from_rollout ? in.rollout_logprob : in.old_logprob;
 }
 
-// 1 where the token alone is rejected
+// where the token alone is rejected
 template <class F>
-RLK_HD F token_rejected(const PolicyParams& p, const PolicyInput<F>& in) {
+RLK_HD Mask<F> token_rejected(const PolicyParams& p, const PolicyInput<F>& in) {
   const F d = in.old_logprob - in.rollout_logprob;
   return is_rejected(rejection_statistic(d, p.token_rejection, p.log_ratio_clamp),
                      p.token_rejection_low, p.token_rejection_high);
 }
 
-// Adds the token to stats. counts: 1, or 0 for a token that does not.
+// Adds the token to stats. counts: whether it counts.
 template <class F>
-RLK_HD PolicyGrad<F> policy_token(const PolicyParams& p, const PolicyInput<F>& in, F counts,
+RLK_HD PolicyGrad<F> policy_token(const PolicyParams& p, const PolicyInput<F>& in, Mask<F> counts,
                                   PolicyGiven given, PolicyStats<F>& stats) {
   const F limit = F{} + p.log_ratio_clamp;
   PolicyToken<F> t;
@@ -173,11 +174,8 @@ RLK_HD PolicyGrad<F> policy_token(const PolicyParams& p, const PolicyInput<F>& i
       (p.surrogate == SurrogateKind::kClip || p.surrogate == SurrogateKind::kBanded))
     s.grad *= in.length;
 
-  F weight = in.weight;
-  if (p.token_rejection != 0) {
-    counts = zero_where(token_rejected(p, in), counts);
-    weight = counts > 0.0f ? weight : F{};
-  }
+  if (p.token_rejection != 0) counts &= ~token_rejected(p, in);
+  const F weight = where(counts, in.weight);
   if (p.corrects()) {
     F w = F{} + 1.0f;
     if (p.correction == Correction::kToken)
@@ -185,21 +183,21 @@ RLK_HD PolicyGrad<F> policy_token(const PolicyParams& p, const PolicyInput<F>& i
                             p.correction_low, p.correction_high, p.log_ratio_clamp);
     else if (p.correction != Correction::kNone)
       w = in.correction;
-    if (p.limits_drift()) w = zero_where(is_below(t.a, F{}) * in.drifted, w);
+    if (p.limits_drift()) w = unless(is_above(F{}, t.a * in.drifted), w);
     s.loss = times(w, s.loss);
     s.grad = times(w, s.grad);
-    stats.sum[kCorrectionSum] += counts * w;
-    stats.sum[kCorrectionSquareSum] += counts * w * w;
+    stats.sum[kCorrectionSum] += where(counts, w);
+    stats.sum[kCorrectionSquareSum] += where(counts, w * w);
   }
   F loss = s.loss, grad = s.grad;
   if (given.ref) {
     KlTerm<F> kl = kl_term(t.live - in.ref_logprob, p.kl_type, p.kl_input_clamp, p.kl_output_clamp);
     if (p.kl_times_ratio) {
       const F mean = p.couples_kl() ? in.kl_mean : kl.value;
-      kl.grad = t.r * (kl.grad + zero_where(t.past * t.past, mean));
+      kl.grad = t.r * (kl.grad + unless(is_past(t), mean));
       kl.value *= t.r;
     }
-    stats.sum[kKlSum] += counts * kl.value;
+    stats.sum[kKlSum] += where(counts, kl.value);
     if (p.kl_coef != 0.0f) {
       loss += p.kl_coef * kl.value;
       grad += p.kl_coef * kl.grad;
@@ -208,32 +206,26 @@ RLK_HD PolicyGrad<F> policy_token(const PolicyParams& p, const PolicyInput<F>& i
   F entropy_grad{};
   if (given.entropy) {
     const F h = in.entropy;
-    stats.sum[kEntropySum] += counts * h;
+    stats.sum[kEntropySum] += where(counts, h);
     if (p.has_entropy_term()) {
       loss += p.entropy_low_coef * at_least_zero(p.entropy_low - h) +
               p.entropy_high_coef * at_least_zero(h - p.entropy_high) - p.entropy_coef * h;
-      entropy_grad = p.entropy_high_coef * is_above(h, F{} + p.entropy_high) -
-                     p.entropy_low_coef * is_below(h, F{} + p.entropy_low) - p.entropy_coef;
+      entropy_grad = where(is_above(h, F{} + p.entropy_high), F{} + p.entropy_high_coef) -
+                     where(is_above(F{} + p.entropy_low, h), F{} + p.entropy_low_coef) -
+                     p.entropy_coef;
     }
   }
-  F weighted_loss = weight * loss, weighted_grad = weight * grad;
-  if (p.token_rejection != 0) {
-    weighted_loss = counts > 0.0f ? weighted_loss : F{};
-    weighted_grad = counts > 0.0f ? weighted_grad : F{};
-  }
-  stats.sum[kLossSum] += weighted_loss;
-  stats.sum[kTokenSum] += counts;
-  stats.sum[kLowSum] += counts * s.low;
-  stats.sum[kHighSum] += counts * s.high;
-  stats.sum[kCappedSum] += counts * s.capped;
-  stats.sum[kOldKlSum] -= counts * t.decided;
-  // a token that does not count has a ratio of 1
-  stats.sum[kRatioSum] += counts * t.r;
-  const F ratio_low = counts > 0.0f ? t.r : F{} + INFINITY;
-  const F ratio_high = counts < 0.5f ? F{} - INFINITY : t.r;
-  stats.least = ratio_low < stats.least ? ratio_low : stats.least;
-  stats.most = ratio_high > stats.most ? ratio_high : stats.most;
-  return {weighted_grad, weight * entropy_grad};
+  stats.sum[kLossSum] += where(counts, weight * loss);
+  stats.sum[kTokenSum] += as_number<F>(counts);
+  stats.sum[kLowSum] += as_number<F>(counts & s.low);
+  stats.sum[kHighSum] += as_number<F>(counts & s.high);
+  stats.sum[kCappedSum] += as_number<F>(counts & s.capped);
+  stats.sum[kOldKlSum] -= where(counts, t.decided);
+  stats.sum[kRatioSum] += where(counts, t.r);
+  const F least = select(counts, t.r, F{} + INFINITY), most = select(counts, t.r, F{} - INFINITY);
+  stats.least = select(is_above(stats.least, least), least, stats.least);
+  stats.most = select(is_above(most, stats.most), most, stats.most);
+  return {where(counts, weight * grad), weight * entropy_grad};
 }
 
 // Sums over the tokens of a sequence that count.
@@ -254,15 +246,15 @@ struct SequenceSums {
 };
 
 template <class F>
-RLK_HD void sequence_token(const PolicyParams& p, const PolicyInput<F>& in, F counts,
+RLK_HD void sequence_token(const PolicyParams& p, const PolicyInput<F>& in, Mask<F> counts,
                            SequenceSums<F>& out) {
   if (p.by_statistic()) {
     F x = in.logprob - anchor_of(p, in);
     if (p.surrogate == SurrogateKind::kGeometric) {
-      const F low = in.advantage < 0.0f ? F{} + p.shape[0] : F{} - INFINITY;
-      const F high = in.advantage > 0.0f ? F{} + p.shape[1] : F{} + INFINITY;
-      x = bounded(x, low, high);
-      x = in.advantage == 0.0f ? F{} : x;
+      const F low = F{} + p.shape[0], high = F{} + p.shape[1];
+      x = select(is_above(F{}, in.advantage) & is_above(low, x), low, x);
+      x = select(is_above(in.advantage, F{}) & is_above(x, high), high, x);
+      x = unless(is_equal(in.advantage, F{}), x);
     }
     out.sum[kLogRatioSum] += x;
   }
@@ -274,16 +266,15 @@ RLK_HD void sequence_token(const PolicyParams& p, const PolicyInput<F>& in, F co
       const F value = rejection_statistic(d, p.sequence_rejection, p.log_ratio_clamp);
       out.sum[kRejectionSum] += value;
       // a token that does not count has the value 0, which k2 and k3 never go below
-      out.most = value > out.most ? value : out.most;
+      out.most = select(is_above(value, out.most), value, out.most);
     }
   }
-  F kept = counts;
-  if (p.token_rejection != 0) kept = zero_where(token_rejected(p, in), counts);
-  out.sum[kKeptSum] += kept;
+  if (p.token_rejection != 0) counts &= ~token_rejected(p, in);
+  out.sum[kKeptSum] += as_number<F>(counts);
   if (p.couples_kl()) {
     const KlTerm<F> kl =
         kl_term(in.logprob - in.ref_logprob, p.kl_type, p.kl_input_clamp, p.kl_output_clamp);
-    out.sum[kKeptKlSum] += kept * kl.value;
+    out.sum[kKeptKlSum] += where(counts, kl.value);
   }
 }
 
@@ -320,7 +311,7 @@ RLK_HD SequenceStats sequence_stats(const PolicyParams& p, int64_t length, const
       value =
           static_cast<float>(p.rejection_reduction == Reduction::kMean ? sum[kRejectionSum] / count
                                                                        : sum[kRejectionSum]);
-    if (is_rejected(value, p.sequence_rejection_low, p.sequence_rejection_high) > 0.0f) s.kept = 0;
+    if (is_rejected(value, p.sequence_rejection_low, p.sequence_rejection_high)) s.kept = 0;
   }
   s.kl_mean = static_cast<float>(sum[kKeptKlSum] / count);
   return s;

@@ -1,9 +1,9 @@
 // The surrogate of one token: its loss from the ratio and the advantage, and the derivative. What
 // each computes stands in rlkern/ops/policy_loss/reference.py, under the same name.
 //
-// F is float or a vector of floats. Every comparison stands in one select and nowhere else: GCC
-// takes a comparison of vectors that is used twice apart lane by lane. All are written so that a
-// NaN gets through.
+// F is float or a vector of floats. Comparisons give masks of integers, and selects are bit
+// operations on them: GCC takes a comparison of vectors that stands in two selects apart lane by
+// lane, and finds those that are the same. All are written so that a NaN gets through.
 #pragma once
 
 #include <cmath>
@@ -11,6 +11,7 @@
 #include "rlkern/macros.h"
 #include "rlkern/math/exp.h"
 #include "rlkern/math/log.h"
+#include "rlkern/math/mask.h"
 
 namespace rlkern {
 
@@ -53,164 +54,159 @@ struct PolicyToken {
 template <class F>
 struct Surrogate {
   F loss;
-  F grad;               // d loss / d logprob
-  F low, high, capped;  // 1 where that bound holds the loss
+  F grad;                     // d loss / d logprob
+  Mask<F> low, high, capped;  // where that bound holds the loss
 };
 
+// clip(x, low, high)
 template <class F>
 RLK_HD F bounded(F x, F low, F high) {
-  x = x < low ? low : x;
-  return x > high ? high : x;
+  x = select(is_above(low, x), low, x);
+  return select(is_above(x, high), high, x);
 }
 template <class F>
 RLK_HD F at_most(F x, float high) {
-  return x > high ? F{} + high : x;
+  return select(is_above(x, F{} + high), F{} + high, x);
 }
 template <class F>
 RLK_HD F at_least_zero(F x) {
-  return x < 0.0f ? F{} : x;
+  return unless(is_above(F{}, x), x);
 }
 // a u, and 0 where a is 0 whatever u is
 template <class F>
 RLK_HD F times(F a, F u) {
-  return a == 0.0f ? F{} : a * u;
+  return unless(is_equal(a, F{}), a * u);
 }
-// 1 or 0
+// where the log-ratio was clamped
 template <class F>
-RLK_HD F is_above(F x, F bound) {
-  return x > bound ? F{} + 1.0f : F{};
-}
-template <class F>
-RLK_HD F is_below(F x, F bound) {
-  return x < bound ? F{} + 1.0f : F{};
-}
-template <class F>
-RLK_HD F zero_where(F flag, F x) {
-  return flag > 0.0f ? F{} : x;
+RLK_HD Mask<F> is_past(const PolicyToken<F>& t) {
+  return is_above(t.past * t.past, F{});
 }
 
 // -min(r A, clip(r) A), at most -cap A for A < 0
 template <class F>
 RLK_HD Surrogate<F> clipped(const PolicyToken<F>& t, F low, F high, F cap) {
-  const F r = t.a == 0.0f ? F{} + 1.0f : t.r;
-  low = t.a > 0.0f ? F{} - INFINITY : low;
-  high = t.a < 0.0f ? cap : high;
-  const F u = bounded(r, low, high);
-  const F moved = r - u;
-  const F k = zero_where(moved * moved + t.past * t.past, r);
-  const F above = t.a * is_above(r, u);
-  return {-t.a * u, -t.a * k, is_below(r, u), is_above(above, F{}), is_below(above, F{})};
+  const Mask<F> up = is_above(t.a, F{}), down = is_above(F{}, t.a);
+  const Mask<F> below = down & is_above(low, t.r), above = up & is_above(t.r, high);
+  const Mask<F> capped = down & is_above(t.r, cap);
+  const F u = select(below, low, select(above, high, select(capped, cap, t.r)));
+  const F k = unless(below | above | capped | is_past(t), t.r);
+  return {-times(t.a, u), -times(t.a, k), below, above, capped};
 }
 
 // -sg[weight] A logprob
 template <class F>
-RLK_HD Surrogate<F> weighted(const PolicyToken<F>& t, F weight, F low, F high, F capped) {
+RLK_HD Surrogate<F> weighted(const PolicyToken<F>& t, F weight, Mask<F> low, Mask<F> high,
+                             Mask<F> capped) {
   const F grad = -times(t.a, weight);
-  return {grad == 0.0f ? F{} : grad * t.live, grad, low, high, capped};
+  return {times(grad, t.live), grad, low, high, capped};
 }
 
 // The same, the weight min(r, cap), where the token is masked neither above nor below.
 template <class F>
-RLK_HD Surrogate<F> masked(const PolicyToken<F>& t, F below, F above, float cap) {
-  const F out = below + above;
-  return weighted(t, zero_where(out, at_most(t.r, cap)), below, above,
-                  zero_where(out, is_above(t.r, F{} + cap)));
+RLK_HD Surrogate<F> masked(const PolicyToken<F>& t, Mask<F> below, Mask<F> above, float cap) {
+  const Mask<F> out = below | above, capped = is_above(t.r, F{} + cap);
+  return weighted(t, unless(out, select(capped, F{} + cap, t.r)), below, above, capped & ~out);
+}
+
+template <class F>
+RLK_HD Surrogate<F> smooth(F loss, F grad) {
+  return {loss, grad, Mask<F>{}, Mask<F>{}, Mask<F>{}};
 }
 
 template <class F>
 RLK_HD Surrogate<F> soft_gate(const PolicyToken<F>& t, const float* p) {
-  const F tau = t.a > 0.0f ? F{} + p[0] : F{} + p[1];
+  const F tau = select(is_above(t.a, F{}), F{} + p[0], F{} + p[1]);
   const F s = exp(-tau * (t.r - 1.0f));  // at most exp(tau)
   const F gate = 1.0f / (1.0f + s), tail = s * gate;
-  F k = tail == 0.0f ? F{} : 4.0f * gate * tail * t.r;
-  k = zero_where(t.past * t.past, k);
-  return {-times(t.a, 4.0f / tau * gate), -times(t.a, k), F{}, F{}, F{}};
+  const F k = unless(is_equal(tail, F{}) | is_past(t), 4.0f * gate * tail * t.r);
+  return smooth<F>(-times(t.a, 4.0f / tau * gate), -times(t.a, k));
 }
 
 template <class F>
 RLK_HD F power(F x, float k) {
-  return k == 1.0f ? x : k == 2.0f ? x * x : exp(k * log(x));
+  if (k == 1.0f) return x;
+  if (k == 1.5f) return x * sqrt(x);
+  if (k == 2.0f) return x * x;
+  return exp(k * log(x));
 }
 
 template <class F>
 RLK_HD Surrogate<F> hazard(const PolicyToken<F>& t, const float* p) {
   // tanh from exp(-2 |z / c|): its square tells 1 - tanh^2 apart from 0 far out
   const F y = t.z * (1.0f / p[0]);
-  const F away = y < 0.0f ? -y : y;
-  const F e = exp(-2.0f * away), q = 1.0f / (1.0f + e);
+  const Mask<F> negative = is_above(F{}, y);
+  const F e = exp(-2.0f * select(negative, -y, y)), q = 1.0f / (1.0f + e);
   const F size = p[0] * (1.0f - e) * q;
-  const F psi = y < 0.0f ? -size : size;
   // softplus of psi and of -psi, from log(1 + exp(-|psi|))
   const F tail = log(1.0f + exp(-size));
-  const F up = at_least_zero(psi) + tail, down = at_least_zero(-psi) + tail;
+  const F up = unless(negative, size) + tail, down = where(negative, size) + tail;
   const F zeta = power(up * (1.0f / p[2]), p[1]) + power(down * (1.0f / p[4]), p[3]);
-  const F value = p[5] * exp(psi - zeta);
-  const F k = zero_where(t.past * t.past, value * (4.0f * e * q * q));
-  return {-times(t.a, value), -times(t.a, k), F{}, F{}, F{}};
+  const F value = p[5] * exp(select(negative, -size, size) - zeta);
+  const F k = unless(is_past(t), value * (4.0f * e * q * q));
+  return smooth<F>(-times(t.a, value), -times(t.a, k));
 }
 
 template <class F>
 RLK_HD Surrogate<F> ratio_mask(const PolicyToken<F>& t, const float* p) {
   const F ratio = exp(t.decided);
-  const F below = is_below(t.a, F{}) * is_below(ratio, F{} + p[0]);
-  const F above = is_above(t.a, F{}) * is_above(ratio, F{} + p[1]);
-  return masked(t, below, above, p[2]);
+  return masked(t, is_above(F{}, t.a) & is_above(F{} + p[0], ratio),
+                is_above(t.a, F{}) & is_above(ratio, F{} + p[1]), p[2]);
 }
 
 template <class F>
 RLK_HD Surrogate<F> dppo_tv(const PolicyToken<F>& t, const float* p) {
-  const F moved = exp(t.live) - exp(t.old), up = is_above(t.a, F{});
-  F below = is_below(moved, F{} - p[0]), above = is_above(moved, F{} + p[1]);
+  const F moved = exp(t.live) - exp(t.old);
+  Mask<F> below = is_above(F{} - p[0], moved), above = is_above(moved, F{} + p[1]);
   if (p[3] == 0.0f) {
-    below *= 1.0f - up;
-    above *= up;
+    const Mask<F> up = is_above(t.a, F{});
+    below &= ~up;
+    above &= up;
   }
   return masked(t, below, above, p[2]);
 }
 
 template <class F>
 RLK_HD Surrogate<F> dppo_kl(const PolicyToken<F>& t, const float* p) {
-  const F now = exp(t.live), then = exp(t.old), up = is_above(t.a, F{});
+  const F now = exp(t.live), then = exp(t.old);
+  const Mask<F> up = is_above(t.a, F{});
   const F rest = log((1.0f - then + 1e-8f) / (1.0f - now + 1e-8f));
   const F kl = then * (t.old - t.live) + (1.0f - then) * rest;
-  const F below = (1.0f - up) * is_above(kl, F{} + p[0]) * is_below(now, then);
-  const F above = up * is_above(kl, F{} + p[1]) * is_above(now, then);
-  return masked(t, below, above, p[2]);
+  return masked(t, ~up & is_above(kl, F{} + p[0]) & is_above(then, now),
+                up & is_above(kl, F{} + p[1]) & is_above(now, then), p[2]);
 }
 
 template <class F>
 RLK_HD Surrogate<F> gamma_weight(const PolicyToken<F>& t, const float* p) {
-  const F k = t.a >= 0.0f ? F{} + p[0] : F{} + p[2];
-  const F rate = t.a >= 0.0f ? F{} + p[1] : F{} + p[3];
-  const F z = t.z < p[4] ? F{} + p[4] : t.z;
-  return weighted(t, exp(rate + k * z - rate * exp(z)), F{}, F{}, F{});
+  const Mask<F> down = is_above(F{}, t.a);
+  const F k = select(down, F{} + p[2], F{} + p[0]), rate = select(down, F{} + p[3], F{} + p[1]);
+  const F z = select(is_above(F{} + p[4], t.z), F{} + p[4], t.z);
+  return weighted(t, exp(rate + k * z - rate * exp(z)), Mask<F>{}, Mask<F>{}, Mask<F>{});
 }
 
 template <class F>
 RLK_HD Surrogate<F> flipped(const PolicyToken<F>& t, const float* p) {
-  const F low = t.a < 0.0f ? F{} + p[0] : F{} - INFINITY;
-  const F high = t.a > 0.0f ? F{} + p[1] : F{} + INFINITY;
-  const F held = bounded(t.r, low, high);
-  const F weight = t.a > 0.0f ? 1.0f / held : held;
-  const F capped = is_above(weight, F{} + p[2]);
-  const F moved = t.r - held;
-  const F k = zero_where(moved * moved + t.past * t.past, weight);
-  const F value = capped > 0.0f ? p[2] * t.live : weight;
-  const F slope = capped > 0.0f ? F{} + p[2] : k;
-  return {-times(t.a, value), -times(t.a, slope), is_below(t.r, held), is_above(t.r, held),
-          t.a == 0.0f ? F{} : capped};
+  const Mask<F> up = is_above(t.a, F{});
+  const Mask<F> below = is_above(F{}, t.a) & is_above(F{} + p[0], t.r);
+  const Mask<F> above = up & is_above(t.r, F{} + p[1]);
+  const F held = select(below, F{} + p[0], select(above, F{} + p[1], t.r));
+  const F weight = select(up, 1.0f / held, held);
+  const Mask<F> capped = is_above(weight, F{} + p[2]);
+  const F value = select(capped, p[2] * t.live, weight);
+  const F k = select(capped, F{} + p[2], unless(below | above | is_past(t), weight));
+  return {-times(t.a, value), -times(t.a, k), below, above, capped & ~is_equal(t.a, F{})};
 }
 
 template <class F>
 RLK_HD Surrogate<F> quadratic(const PolicyToken<F>& t, const float* p) {
   const F pull = t.r - 1.0f, linear = times(t.a, t.r);
   const F k = 2.0f * p[0] * pull * t.r - linear;
-  return {p[0] * pull * pull - linear, zero_where(t.past * t.past, k), F{}, F{}, F{}};
+  return smooth<F>(p[0] * pull * pull - linear, unless(is_past(t), k));
 }
 
 template <class F>
 RLK_HD Surrogate<F> regression(const PolicyToken<F>& t, const float* p) {
-  return {0.5f * p[0] * t.x * t.x - times(t.a, t.live), p[0] * t.x - t.a, F{}, F{}, F{}};
+  return smooth<F>(0.5f * p[0] * t.x * t.x - times(t.a, t.live), p[0] * t.x - t.a);
 }
 
 template <class F>
@@ -223,16 +219,16 @@ RLK_HD Surrogate<F> dynamic(const PolicyToken<F>& t, const float* p) {
 
 template <class F>
 RLK_HD Surrogate<F> geometric(const PolicyToken<F>& t, const float* p) {
-  const F below = is_below(t.a, F{}) * is_below(t.x, F{} + p[0]);
-  const F above = is_above(t.a, F{}) * is_above(t.x, F{} + p[1]);
-  const F k = zero_where(below + above + t.past * t.past, t.r);
-  return {-times(t.a, t.r), -times(t.a, k), below, above, F{}};
+  const Mask<F> below = is_above(F{}, t.a) & is_above(F{} + p[0], t.x);
+  const Mask<F> above = is_above(t.a, F{}) & is_above(t.x, F{} + p[1]);
+  const F k = unless(below | above | is_past(t), t.r);
+  return {-times(t.a, t.r), -times(t.a, k), below, above, Mask<F>{}};
 }
 
 template <class F>
 RLK_HD Surrogate<F> shaped(const PolicyToken<F>& t, const float* p) {
   const F now = exp(t.live), inverse = 1.0f / (now + p[0]), share = now * inverse;
-  return {-times(t.a, share), -times(t.a, p[0] * share * inverse), F{}, F{}, F{}};
+  return smooth<F>(-times(t.a, share), -times(t.a, p[0] * share * inverse));
 }
 
 template <class F>
@@ -240,30 +236,31 @@ RLK_HD Surrogate<F> balanced(const PolicyToken<F>& t, const float* p) {
   const F now = exp(t.live), rest = at_least_zero(1.0f - now);
   const F pull = p[0] == 0.0f ? F{} + 1.0f : p[0] == 0.5f ? sqrt(rest) : power(rest, p[0]);
   const F loss = -times(t.a, 2.0f * now / (1.5f * exp(t.old) + 0.5f) * pull);
-  return {loss, loss, F{}, F{}, F{}};
+  return smooth<F>(loss, loss);
 }
 
 template <class F>
 RLK_HD Surrogate<F> squared(const PolicyToken<F>& t, const float* p) {
   const F gap = p[0] * t.x - t.a;
-  return {gap * gap, 2.0f * p[0] * gap, F{}, F{}, F{}};
+  return smooth<F>(gap * gap, 2.0f * p[0] * gap);
 }
 
 template <class F>
 RLK_HD Surrogate<F> hinge(const PolicyToken<F>& t, const float* p) {
-  const F up = is_above(t.a, F{}), size = t.a < 0.0f ? -t.a : t.a;
-  const F gap = t.a > 0.0f ? p[0] - t.x : p[2] * (t.x + p[1]);
-  const F slope = t.a > 0.0f ? F{} - 1.0f : F{} + p[2];
-  const F idle = gap <= 0.0f ? F{} + 1.0f : F{};
-  return {times(size, zero_where(idle, gap)), times(size, zero_where(idle, slope)),
-          is_below(t.a, F{}) * idle, up * idle, F{}};
+  const Mask<F> up = is_above(t.a, F{}), down = is_above(F{}, t.a);
+  const F size = select(down, -t.a, t.a);
+  const F gap = select(up, p[0] - t.x, p[2] * (t.x + p[1]));
+  const F slope = select(up, F{} - 1.0f, F{} + p[2]);
+  const Mask<F> idle = is_above(F{}, gap) | is_equal(gap, F{});
+  return {times(size, unless(idle, gap)), times(size, unless(idle, slope)), down & idle, up & idle,
+          Mask<F>{}};
 }
 
 template <class F>
 RLK_HD Surrogate<F> tapered(const PolicyToken<F>& t, const float* p) {
-  const F up = is_above(t.a, F{});
-  const F weight = t.a > 0.0f ? F{} + p[0] : p[1] * at_most(t.r, 1.0f);
-  return weighted(t, weight, F{}, (1.0f - up) * is_above(t.r, F{} + 1.0f), F{});
+  const Mask<F> up = is_above(t.a, F{});
+  const F weight = select(up, F{} + p[0], p[1] * at_most(t.r, 1.0f));
+  return weighted(t, weight, Mask<F>{}, ~up & is_above(t.r, F{} + 1.0f), Mask<F>{});
 }
 
 template <class F>
@@ -278,8 +275,8 @@ RLK_HD Surrogate<F> surrogate(SurrogateKind kind, const PolicyToken<F>& t, const
     case SurrogateKind::kClip:
       return clipped(t, F{} + p[0], F{} + p[1], F{} + p[2]);
     case SurrogateKind::kDetached:
-      return weighted(t, bounded(t.r, F{} + p[0], F{} + p[1]), is_below(t.r, F{} + p[0]),
-                      is_above(t.r, F{} + p[1]), F{});
+      return weighted(t, bounded(t.r, F{} + p[0], F{} + p[1]), is_above(F{} + p[0], t.r),
+                      is_above(t.r, F{} + p[1]), Mask<F>{});
     case SurrogateKind::kSoftGate:
       return soft_gate(t, p);
     case SurrogateKind::kHazard:
@@ -303,7 +300,7 @@ RLK_HD Surrogate<F> surrogate(SurrogateKind kind, const PolicyToken<F>& t, const
     case SurrogateKind::kGeometric:
       return geometric(t, p);
     case SurrogateKind::kReinforce:
-      return {-times(t.a, t.live), -t.a, F{}, F{}, F{}};
+      return smooth<F>(-times(t.a, t.live), -t.a);
     case SurrogateKind::kShaped:
       return shaped(t, p);
     case SurrogateKind::kBalanced:
@@ -317,7 +314,7 @@ RLK_HD Surrogate<F> surrogate(SurrogateKind kind, const PolicyToken<F>& t, const
     case SurrogateKind::kBanded:
       return banded(t, p);
   }
-  return {F{}, F{}, F{}, F{}, F{}};
+  return smooth<F>(F{}, F{});
 }
 
 }  // namespace rlkern
