@@ -127,7 +127,7 @@ class Trainer:
             advantages = advantages[order.to(self.device)]
         old_logprob, entropy = self.logprobs(self.model, rollouts)
         ref_logprob = None
-        if self.objective.kl_coef:
+        if self.objective.needs_reference:
             self.reference = self.reference or self.load_reference()
             ref_logprob = self.logprobs(self.reference, rollouts)[0]
         scored = time.perf_counter()
@@ -195,9 +195,10 @@ class Trainer:
         lengths = rollouts.lengths.tolist()
         old = old_logprob.split(lengths)
         ref = None if ref_logprob is None else ref_logprob.split(lengths)
-        # An advantage of exactly 0 has a gradient of exactly 0 unless KL or entropy is in the
-        # loss: such a sequence skips the forward and still counts in the denominator.
-        skips = objective.kl_coef == 0 and objective.entropy_coef == 0
+        sampled = rollouts.logprob.split(lengths)
+        # A sequence of advantage 0 skips the forward where nothing else moves it, and still counts
+        # in the denominator.
+        skips = objective.idle_without_advantage
         busy = (advantages != 0).tolist() if skips else [True] * len(responses)
         done, total = self.step - self.cfg.warmup.steps, self.cfg.run.steps
         lr = cfg.lr * schedule(cfg.schedule, done, total, cfg.warmup_steps)
@@ -222,7 +223,8 @@ class Trainer:
                         cu_seqlens=batch.cu_seqlens,
                         objective=objective,
                         ref_logprob=None if ref is None else torch.cat([ref[i] for i in micro]),
-                        entropy=out.entropy if objective.entropy_coef else None,
+                        rollout_logprob=torch.cat([sampled[i] for i in micro]),
+                        entropy=out.entropy if objective.needs_entropy else None,
                         normalizer=counts.get(objective.loss_agg_mode, len(chunk)),
                     )
                     result.loss.backward()

@@ -333,6 +333,16 @@ class PolicyObjective:
         return any(coefs) or self.selection in ("top_entropy", "entropy_above")
 
     @property
+    def idle_without_advantage(self) -> bool:
+        """Whether a token of advantage 0 has a gradient of 0 and touches no other token's."""
+        return (
+            self.kl_coef == 0
+            and not any((self.entropy_coef, self.entropy_low_coef, self.entropy_high_coef))
+            and self.surrogate not in ("quadratic", "regression", "squared")
+            and self.selection is None
+        )
+
+    @property
     def needs_reference(self) -> bool:
         """Whether the loss reads ref_logprob."""
         return self.kl_coef != 0 and self.kl_against == "ref"
