@@ -395,6 +395,15 @@ def test_a_worked_example_of_each_reward():
     assert advantages("opo", lengths=torch.tensor([1, 2, 1, 9])) == [0.5, -0.5, 0.5, 0.0]
     baselines = torch.tensor([0.5, 0.5, 0.5, 1.0])
     assert advantages("remax", reward_baselines=baselines) == [0.5, -0.5, 0.5, 0.0]
+    # one reward of four is not 0, and none
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    assert advantages("gpg") == pytest.approx([8 / 3, -4 / 3, -4 / 3, 0])
+    rewards = torch.zeros(4)
+    assert advantages("gpg") == [0.0] * 4
+    rewards = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    # one valid answer has no other to be new against
+    alone = torch.tensor([False, True, True, False])
+    assert advantages("evol_rl", novelty=baselines, invalid=alone) == [0.0] * 4
     # bias (2/3 - 1/2)^2 = 1/36 under a variance of 1/12: all of the prior
     assert advantages("v05", reward_baselines=baselines) == pytest.approx([0.5, -0.5, 0.5, 0.0])
 

@@ -53,9 +53,9 @@ def group_advantage(
         spiral          r - b, then b <- decay b + (1 - decay) r, row by row
 
     mean_g and std_g are of the row's group; std has n - 1 in its denominator. "Standardised" is
-    (x - mean) / (std + epsilon) over all rows. docs/ops/group_advantage.md has the paper of each
-    kind and what it left open, methods.py the formulas in full. Equivalent torch program of grpo
-    when every group is G consecutive rows::
+    (x - mean) / (std + epsilon) over all rows. methods.py has the formulas of the kinds from opo on
+    in full, docs/ops/group_advantage.md what their papers leave open. Equivalent torch program of
+    grpo when every group is G consecutive rows::
 
         r = rewards.float().view(-1, G)
         grpo = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + epsilon)
@@ -71,7 +71,7 @@ def group_advantage(
         mask: (N,) bool; a False row counts nowhere, may hold NaN, and has advantage 0.
         agent_ids: (N,) int64 or int32 in [0, num_agents): a group's rows are those of one prompt
             and one agent, role or rank (Dr.MAS, SPIRAL, Rank-GRPO). Needs num_agents.
-        inputs: what the kind needs besides, given with no other:
+        inputs: what the kind needs besides; refused with a kind that does not know it.
             lengths (N,), any number type: opo; optional for reinforce_plus_plus,
                 reinforce_plus_plus_baseline and gdpo. A row counts as that many rows, as where a
                 trainer standardises over tokens (verl). A group of length 0 has advantage 0.
@@ -104,7 +104,15 @@ def group_advantage(
             looked at: a row whose id is out of range gets NaN and counts nowhere.
 
     Sums are taken in float64, in row order within each group: two runs give the same bits, and
-    mixing the rows of different groups in another order changes none.
+    mixing the rows of different groups in another order changes none, but where all rows are
+    standardised, whose sums are in the order of all rows.
+
+    arXiv: grpo 2402.03300, dr_grpo 2503.20783, rloo 2402.14740, batch_std 2508.08221, maxrl
+    2602.02710, passk 2503.19595, opo 2505.23585, reinforce_plus_plus 2501.03262, gpg 2504.02546,
+    gdpo 2601.05242, remax 2310.10505, v05 2603.10848, w_reinforce 2506.01347, noisy_backward and
+    noisy_forward 2510.00915, fapo 2510.22543, evol_rl 2509.15194, ace 2602.21420, progrpo
+    2602.05281, dcpo 2509.02333, spiral 2506.24119; agent_ids: Dr.MAS 2602.08847, Rank-GRPO
+    2510.20150.
     """
     _check.tensor(_OP, "rewards", rewards)
     _check.dtype(_OP, "rewards", rewards, _check.FLOATS)
