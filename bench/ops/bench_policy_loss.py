@@ -33,6 +33,12 @@ BATCHES = {
     "grpo-kl-64k": Batch("grpo", 64, 1024, kl_coef=0.04),
     "gspo-64k": Batch("gspo", 64, 1024),
     "cispo-64k": Batch("cispo", 64, 1024),
+    # 131,072 slots: the families that differ in work
+    "dapo-128k": Batch("dapo", 64, 2048),
+    "minpro-128k": Batch("minpro", 64, 2048),
+    "mhpo-128k": Batch("mhpo", 64, 2048),
+    "gspo-128k": Batch("gspo", 64, 2048),
+    "icepop-128k": Batch("icepop", 64, 2048),
     # a large step of one GPU
     "grpo-kl-2m": Batch("grpo", 256, 8192, kl_coef=0.04),
     "gspo-2m": Batch("gspo", 256, 8192),
@@ -44,6 +50,10 @@ CASES = [
         for shape in ("grpo-64k", "grpo-kl-64k", "gspo-64k", "cispo-64k")
     ),
     *(
+        Case(f"{objective}-128k", passes="forward+backward")
+        for objective in ("dapo", "minpro", "mhpo", "gspo", "icepop")
+    ),
+    *(
         Case(shape, passes="forward+backward", device="cuda", memory=True)
         for shape in ("grpo-kl-2m", "gspo-2m")
     ),
@@ -51,30 +61,52 @@ CASES = [
 VARIANTS = [harness.LIMIT, "rlkern", "rlkern-packed", "eager", "eager-loss", "compile"]
 
 
-def eager_loss(batch: Batch, live: Tensor, old: Tensor, a: Tensor, ref: Tensor, mask: Tensor):
+def least_before(x: Tensor, mask: Tensor) -> Tensor:
+    """Of each token the least x of the tokens before it in its row, 0 for the first."""
+    held = torch.where(mask, x, float("inf")).cummin(1).values
+    held = torch.nn.functional.pad(held[:, :-1], (1, 0), value=float("inf"))
+    return torch.where(held.isinf(), 0.0, held)
+
+
+def eager_loss(
+    batch: Batch, live: Tensor, old: Tensor, a: Tensor, ref: Tensor, rollout: Tensor, mask: Tensor
+):
     """Loss, and the tensors that the metrics are made of."""
     x = (live - old).clamp(-20, 20)
     counts = mask.to(live.dtype)
     n = counts.sum(-1)
-    if batch.objective == "gspo":
+    name = batch.objective
+    low, high = {"gspo": (1 - 3e-4, 1 + 4e-4), "dapo": (0.8, 1.28)}.get(name, (0.8, 1.2))
+    if name == "gspo":
         mean = ((live - old) * counts).sum(-1) / n.clamp(min=1)
         r = (live - live.detach() + mean.detach()[:, None]).clamp(max=10).exp()
-        low, high = 1 - 3e-4, 1 + 4e-4
+    elif name == "minpro":
+        held = (live - old).detach()
+        r = (least_before(held, mask) + held).clamp(-20, 20).exp()
     else:
         r = x.exp()
-        low, high = 0.8, 1.2
-    if batch.objective == "cispo":
+    if name in ("cispo", "minpro"):
         low, high = 0.0, 5.0
         losses1 = losses2 = loss = -a * r.clamp(max=high).detach() * live
+    elif name == "mhpo":
+        low, high = 0.0, float("inf")
+        softplus = torch.nn.functional.softplus
+        psi = 1.5 * torch.tanh(x / 1.5)
+        held = psi.detach()
+        hazard = softplus(held) ** 1.5 + (softplus(-held) / 0.8) ** 2
+        losses1 = losses2 = loss = -a * (psi - hazard).exp()
     else:
         losses1, losses2 = -a * r, -a * r.clamp(low, high)
         loss = torch.maximum(losses1, losses2)
+    if name == "icepop":
+        weight = (old - rollout).clamp(-20, 20).exp()
+        loss = loss * torch.where((weight < 0.5) | (weight > 5), 0.0, weight)
     kl = None
     if batch.kl_coef:
         d = (ref - live).clamp(-20, 20)
         kl = d.exp() - d - 1
         loss = loss + batch.kl_coef * kl
-    if batch.objective == "cispo":
+    if name in ("cispo", "minpro", "dapo"):
         total = (loss * counts).sum() / counts.sum()
     else:
         total = ((loss * counts).sum(-1) / (n + 1e-8)).sum() / (n > 0).sum()
@@ -109,11 +141,13 @@ def problem(case: Case, device: str) -> Problem:
     live = (torch.randn(rows, columns, device=device) - 2).requires_grad_()
     old = live.detach() + 0.1 * torch.randn(rows, columns, device=device)
     ref = live.detach() + 0.1 * torch.randn(rows, columns, device=device)
+    rollout = old + 0.05 * torch.randn(rows, columns, device=device)
     advantages = torch.randn(rows, device=device)
     lengths = torch.randint(columns // 2, columns + 1, (rows,), device=device)
     mask = torch.arange(columns, device=device) < lengths[:, None]
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    packed = {"live": live.detach()[mask].requires_grad_(), "old": old[mask], "ref": ref[mask]}
+    packed = {"live": live.detach()[mask].requires_grad_(), "old": old[mask]}
+    packed |= {"ref": ref[mask], "rollout": rollout[mask]}
     objective = rlkern.PolicyObjective.preset(batch.objective, kl_coef=batch.kl_coef)
     a = advantages[:, None]
 
@@ -125,6 +159,7 @@ def problem(case: Case, device: str) -> Problem:
             mask=mask,
             objective=objective,
             ref_logprob=ref if batch.kl_coef else None,
+            rollout_logprob=rollout if objective.needs_rollout else None,
         )
         return torch.autograd.grad(out.loss, live), out.metrics
 
@@ -136,11 +171,12 @@ def problem(case: Case, device: str) -> Problem:
             cu_seqlens=cu_seqlens,
             objective=objective,
             ref_logprob=packed["ref"] if batch.kl_coef else None,
+            rollout_logprob=packed["rollout"] if objective.needs_rollout else None,
         )
         return torch.autograd.grad(out.loss, packed["live"]), out.metrics
 
     def whole():
-        loss, parts = eager_loss(batch, live, old, a, ref, mask)
+        loss, parts = eager_loss(batch, live, old, a, ref, rollout, mask)
         return loss, eager_metrics(a, *parts)
 
     def eager():
@@ -148,7 +184,7 @@ def problem(case: Case, device: str) -> Problem:
         return torch.autograd.grad(loss, live), metrics
 
     def eager_alone():
-        return torch.autograd.grad(eager_loss(batch, live, old, a, ref, mask)[0], live)
+        return torch.autograd.grad(eager_loss(batch, live, old, a, ref, rollout, mask)[0], live)
 
     compiled = peers.compiled(whole)
 
@@ -163,7 +199,8 @@ def problem(case: Case, device: str) -> Problem:
         "eager-loss": eager_alone,
         "compile": with_compile,
     }
-    num_bytes, _ = bytes_and_flops(rows * columns, 3 if batch.kl_coef else 2)
+    inputs = 2 + (batch.kl_coef != 0) + objective.needs_rollout
+    num_bytes, _ = bytes_and_flops(rows * columns, inputs)
     sizes = {"rows": rows, "columns": columns, "tokens": int(mask.sum())}
     return Problem(variants, "copy", sizes, num_bytes)
 

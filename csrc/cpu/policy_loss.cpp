@@ -210,7 +210,13 @@ constexpr Slide<kStep> kSlide;
 template <class F>
 RLK_HD F moved(F x, F fill, int by) {
   constexpr int kStep = kWidth<F>;
+#if defined(__clang__)
+  F out = fill;
+  for (int i = by; i < kStep; ++i) out[i] = x[i - by];
+  return out;
+#else
   return __builtin_shuffle(x, fill, load_as<Ints<F>>(kSlide<kStep>.lanes + kStep - by));
+#endif
 }
 
 // The lesser, or a NaN.

@@ -455,7 +455,7 @@ def test_small_gradients_are_as_exact_as_large_ones(device):
                 )
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_instruction_set_is_as_exact(isa):
     """The lanes that this CPU would not choose; a set that it lacks falls to the next."""
     test = f"{__file__}::test_every_kernel_is_within_the_budget"
@@ -918,7 +918,7 @@ def test_a_sequence_of_128k_tokens_and_many_short_ones(name):
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo"])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "minpro", "mhpo", "kl_cov"])
 def test_compiles_whole(name):
     batch = Batch([5, 0, 9], dtype=torch.float32)
 

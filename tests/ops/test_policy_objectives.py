@@ -6,6 +6,7 @@ spelled out with loops and autograd.
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -715,6 +716,12 @@ def test_names_of_verl_and_trl():
     assert verl == preset("icepop")
     with pytest.raises(ValueError, match="two names of one number"):
         preset("ppo", clip_ratio=0.1, epsilon_low=0.2)
+
+
+def test_the_table_has_every_preset():
+    text = (Path(__file__).parents[2] / "docs/objectives.md").read_text()
+    missing = [n for n in (*presets.PRESETS, *presets.NAMES) if f"`{n}`" not in text]
+    assert not missing
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

@@ -652,7 +652,7 @@ def forward(
     anchor = rollout_logprob if do.from_rollout else old_logprob
     limits_drift = n.off_policy_limit != float("inf")
     rejects = do.token_rejection != 0 or do.sequence_rejection != 0
-    couples_kl = do.kl_times_ratio != 0 and do.level == BY_SEQUENCE.value
+    couples_kl = do.kl_times_ratio and do.level == BY_SEQUENCE.value and ref_logprob is not None
     prefixes = empty(num_tokens) if do.level in (BY_MIN.value, BY_MEAN.value) else None
 
     def statistics(offsets: Tensor | None, count: int, own: bool) -> tuple[Tensor, Tensor]:
