@@ -17,6 +17,7 @@ OPS = (
     "group_advantage",
     "segment_reduce",
     "sparse_linear_logprob",
+    "linear_distill_loss",
 )
 
 
