@@ -34,8 +34,9 @@ $(VENV)/.built: $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 train: setup
 	$(PY) -m rlkern.train $(ARGS)
 
+# most of the time is Triton's compiler and interpreter, which take one core each
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto $(ARGS)
 
 test-gpu: setup
 	$(PY) -m pytest -m gpu $(ARGS)

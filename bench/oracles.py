@@ -116,3 +116,13 @@ def _verl_logits(logits: Tensor, targets: Tensor) -> tuple:
     from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
 
     return logprobs_from_logits(logits, targets), entropy_from_logits(logits)
+
+
+def trl_divergence(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, beta: float
+) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    return ChunkedDivergenceFunction.apply(
+        hidden, weight, None, teacher_hidden, teacher_weight, None, beta
+    )[0]

@@ -3,6 +3,7 @@
 from rlkern.ops._logprob import LogprobOutput
 from rlkern.ops.gae import GaeOutput, gae
 from rlkern.ops.group_advantage import group_advantage
+from rlkern.ops.linear_distill_loss import LinearDistillLossOutput, linear_distill_loss
 from rlkern.ops.linear_logprob import linear_logprob
 from rlkern.ops.linear_policy_loss import LinearPolicyLossOutput, linear_policy_loss
 from rlkern.ops.logprob_from_logits import logprob_from_logits
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GaeOutput",
+    "LinearDistillLossOutput",
     "LinearPolicyLossOutput",
     "LogprobOutput",
     "PolicyLossOutput",
@@ -25,6 +27,7 @@ __all__ = [
     "gae",
     "group_advantage",
     "group_policy_loss",
+    "linear_distill_loss",
     "linear_logprob",
     "linear_policy_loss",
     "logprob_from_logits",

@@ -18,47 +18,14 @@
 
 #include "check.h"
 #include "dispatch.h"
-#include "matmul.h"
+#include "head.h"
 #include "rlkern/math/softmax_stats.h"
 
 namespace rlkern {
 namespace {
 
-using torch::stable::Tensor;
-
-// Packed hidden states of a block stay in the last-level cache.
-constexpr int64_t kTokenBlock = 1536;
-// Partial statistics: 16 bytes a token and chunk.
-constexpr int64_t kMaxChunks = 32;
-constexpr int64_t kMinChunkRows = 512;
 // For the chunks' own top-k lists.
 constexpr int64_t kTopKBytes = 32 * 1024 * 1024;
-// A quarter of a 1 MiB L2 for the rows of the weight that every panel of tokens meets.
-constexpr int64_t kWeightBlockBytes = 256 * 1024;
-// Vocabulary rows whose logit gradients exist at a time in the backward.
-constexpr int64_t kGradRows = 2048;
-
-template <class V>
-std::unique_ptr<V[]> scratch(int64_t n) {
-  return std::unique_ptr<V[]>(new V[std::max<int64_t>(n, 1)]);
-}
-
-template <class F>
-void parallel(int64_t n, const F& f) {
-  torch::stable::parallel_for(0, n, 1, f);
-}
-
-template <class T>
-struct Matrix {
-  const T* data;
-  int64_t rows, columns, stride;
-
-  explicit Matrix(const Tensor& t)
-      : data(t.const_data_ptr<T>()), rows(t.size(0)), columns(t.size(1)), stride(t.stride(0)) {}
-  Matrix(const T* data, int64_t rows, int64_t columns)
-      : data(data), rows(rows), columns(columns), stride(columns) {}
-  const T* row(int64_t i) const { return data + i * stride; }
-};
 
 const float* optional_data(const std::optional<Tensor>& t) {
   return t.has_value() ? t->const_data_ptr<float>() : nullptr;
@@ -72,6 +39,7 @@ struct Options {
   int64_t ignore_index, vocab_size;
   bool round_logits;
 
+  const bool* mask() const { return vocab_mask ? vocab_mask->const_data_ptr<bool>() : nullptr; }
   Softcap softcap() const { return {static_cast<float>(logit_scale), static_cast<float>(cap)}; }
   // wanted tokens of a row: its target and its ids
   int64_t width() const { return 1 + (ids ? ids->size(1) : 0); }
@@ -86,25 +54,12 @@ struct Options {
   }
 };
 
-// The weight, the bias and what the options say of the vocabulary, for the tile kernels.
 template <class T>
-struct HeadInputs {
-  Matrix<T> weight;
-  std::unique_ptr<float[]> bias;
-  Head head;
-
-  HeadInputs(const Tensor& weight_tensor, const std::optional<Tensor>& bias_tensor,
-             const Options& options)
-      : weight(weight_tensor) {
-    weight.rows = options.vocab_size;
-    if (bias_tensor) {
-      bias = scratch<float>(weight.rows);
-      std::copy_n(bias_tensor->const_data_ptr<T>(), weight.rows, bias.get());
-    }
-    head = {bias.get(), options.vocab_mask ? options.vocab_mask->const_data_ptr<bool>() : nullptr,
-            options.round_logits, options.softcap()};
-  }
-};
+HeadInputs<T> inputs_of(const Tensor& weight, const std::optional<Tensor>& bias,
+                        const Options& options) {
+  return {weight,           bias, options.vocab_size, options.mask(), options.round_logits,
+          options.softcap()};
+}
 
 // What every pass needs of the tokens that it visits: padded to whole panels.
 struct Tokens {
@@ -151,80 +106,6 @@ struct Tokens {
   }
 };
 
-// The weight's rows as units: in place where they already are, else through a scratch copy.
-template <class Unit, class T>
-class WeightRows {
- public:
-  WeightRows(const Matrix<T>& weight, int tile_rows)
-      : weight_(weight),
-        tile_rows_(tile_rows),
-        units_(units_of<Unit>(weight.columns)),
-        block_(std::clamp<int64_t>(kWeightBlockBytes / (4 * std::max<int64_t>(units_, 1)),
-                                   tile_rows, 128) /
-               tile_rows * tile_rows) {
-    const bool same =
-        std::is_same_v<T, float> == std::is_same_v<Unit, float> && !std::is_same_v<T, fp16>;
-    in_place_ = same && weight.columns % kPerUnit<Unit> == 0 &&
-                weight.stride % kPerUnit<Unit> == 0 &&
-                reinterpret_cast<uintptr_t>(weight.data) % sizeof(Unit) == 0;
-  }
-
-  // f over blocks of the rows [begin, end)
-  template <class F>
-  void for_blocks(int64_t begin, int64_t end, const F& f) const {
-    std::unique_ptr<Unit[]> copy;
-    for (int64_t row = begin; row < end; row += block_) {
-      const int64_t rows = std::min(block_, end - row);
-      if (in_place_ && rows % tile_rows_ == 0) {
-        f(WeightBlock<Unit>{reinterpret_cast<const Unit*>(weight_.row(row)),
-                            weight_.stride / kPerUnit<Unit>, row, rows});
-        continue;
-      }
-      if (!copy) copy = scratch<Unit>(block_ * units_);
-      copy_rows<Unit>(weight_.row(row), weight_.stride, rows, weight_.columns,
-                      round_up(rows, tile_rows_), copy.get());
-      f(WeightBlock<Unit>{copy.get(), units_, row, rows});
-    }
-  }
-  int64_t block() const { return block_; }
-
- private:
-  Matrix<T> weight_;
-  int tile_rows_;
-  int64_t units_, block_;
-  bool in_place_;
-};
-
-// Tokens [begin, end) as panels of columns, for products that run over the hidden size.
-template <class Unit, class T>
-std::unique_ptr<Unit[]> pack_tokens(const Matrix<T>& hidden, int64_t begin, int64_t end,
-                                    int panel) {
-  const int64_t units = units_of<Unit>(hidden.columns);
-  const int64_t panels = round_up(end - begin, panel) / panel;
-  auto packed = scratch<Unit>(panels * panel * units);
-  parallel(panels, [&](int64_t from, int64_t to) {
-    for (int64_t p = from; p < to; ++p) {
-      const int64_t first = begin + p * panel;
-      pack_rows_as_columns<Unit>(hidden.row(first), hidden.stride,
-                                 std::min<int64_t>(panel, end - first), hidden.columns, panel,
-                                 packed.get() + p * panel * units);
-    }
-  });
-  return packed;
-}
-
-// Rows [begin, end) as panels over the hidden size, for products that run over those rows.
-template <class Unit, class T>
-void pack_rows(const TileKernels<Unit, T>& kernels, const Matrix<T>& matrix, int64_t begin,
-               int64_t end, int64_t units, Unit* packed) {
-  const int64_t panel = kernels.panel, panels = round_up(matrix.columns, panel) / panel;
-  parallel(panels, [&](int64_t from, int64_t to) {
-    for (int64_t p = from; p < to; ++p)
-      kernels.pack_columns(matrix.row(begin) + p * panel, matrix.stride, end - begin, units,
-                           matrix.columns - p * panel, packed + p * panel * units);
-  });
-}
-
 struct Outputs {
   float *logprob, *logsumexp, *entropy, *sum_sq_prob, *id_logprob, *topk_values;
   bool* is_top1;
@@ -249,8 +130,7 @@ void forward_rows(const Matrix<T>& hidden, const HeadInputs<T>& inputs, const Op
   std::vector<int64_t> all(hidden.rows);
   std::iota(all.begin(), all.end(), 0);
   const Tokens tokens(all, options, panel);
-  const int64_t chunk_rows =
-      round_up(std::max(kMinChunkRows, (vocab + kMaxChunks - 1) / kMaxChunks), kernels.rows);
+  const int64_t chunk_rows = chunk_rows_of(vocab, kernels.rows);
   const int64_t chunks = (vocab + chunk_rows - 1) / chunk_rows;
   const WeightRows<Unit, T> rows_of(weight, kernels.rows);
   const int64_t topk = out.topk, topk_bytes = 8 * topk * std::max<int64_t>(chunks, 1);
@@ -353,45 +233,19 @@ struct Upstream {
   }
 };
 
-// Sums of the rows of a block of logit gradients, in a fixed order.
-template <class Unit>
-void add_row_sums(const Unit* data, int64_t rows, int64_t columns, float* sums) {
-  using Element = std::conditional_t<std::is_same_v<Unit, Pair>, bf16, float>;
-  const Element* row = reinterpret_cast<const Element*>(data);
-  parallel(rows, [&](int64_t from, int64_t to) {
-    for (int64_t r = from; r < to; ++r) {
-      f32x16 sum{};
-      for (int64_t c = 0; c < columns; c += kLanes) sum += load(row + r * columns + c);
-      sums[r] += reduce_add(sum);
-    }
-  });
-}
-
-template <class T>
-struct Grads {
-  T *hidden, *weight, *bias;  // null: not needed
-  float* weight_sum;          // the weight's gradient is added to it instead, where given
-};
-
 template <class Unit, class T>
 void backward_rows(const Upstream& upstream, const Matrix<T>& given, const HeadInputs<T>& inputs,
                    const Options& options, const float* logsumexp, const float* entropy,
-                   float* kept, const Grads<T>& grads) {
-  constexpr int64_t kPer = kPerUnit<Unit>;
+                   float* kept, const HeadGrads<T>& grads) {
   const TileKernels<Unit, T> kernels = tile_kernels<Unit, T>();
   const int panel = kernels.panel;
   const Matrix<T>& weight = inputs.weight;
-  const int64_t vocab = weight.rows, depth = given.columns, units = units_of<Unit>(depth);
+  const int64_t vocab = weight.rows, units = units_of<Unit>(given.columns);
+  // rows without a gradient drop out of all three products
   const std::vector<int64_t> live = upstream.live(options, given.rows);
   const Tokens tokens(live, options, panel);
   const int64_t padded = tokens.padded;
-  // rows without a gradient drop out of all three products
-  const bool gathers = tokens.count < given.rows;
-  auto gathered = gathers ? scratch<T>(tokens.count * depth) : nullptr;
-  if (gathers)
-    for (int64_t t = 0; t < tokens.count; ++t)
-      std::copy_n(given.row(live[t]), depth, gathered.get() + t * depth);
-  const Matrix<T> hidden = gathers ? Matrix<T>(gathered.get(), tokens.count, depth) : given;
+  const Gathered<T> hidden(given, live);
 
   auto token_grads = scratch<float>(3 * padded);
   float* fields[3];
@@ -414,116 +268,36 @@ void backward_rows(const Upstream& upstream, const Matrix<T>& given, const HeadI
     fields[2][t] = logsumexp[row];
   }
 
-  const int64_t block = kTokenBlock / panel * panel;
-  const int64_t width = std::min(block, padded);
-  const int64_t hidden_panels = round_up(depth, panel) / panel, wide = hidden_panels * panel;
-  const int64_t grad_rows = std::min(kGradRows, round_up(vocab, 2 * kernels.rows));
-  const bool one_block = tokens.count <= block;
   const WeightRows<Unit, T> rows_of(weight, kernels.rows);
-
-  const bool needs_weight = grads.weight || grads.weight_sum;
-  auto by_vocab = scratch<Unit>(grad_rows * width / kPer);
-  auto by_token = scratch<Unit>(grad_rows * width / kPer);
-  auto weight_panels = grads.hidden ? scratch<Unit>(grad_rows / kPer * wide) : nullptr;
-  auto token_panels = needs_weight ? scratch<Unit>(width / kPer * wide) : nullptr;
-  auto hidden_sum = grads.hidden ? scratch<float>(padded * wide) : nullptr;
-  auto weight_sum = needs_weight ? scratch<float>(grad_rows * wide) : nullptr;
-  auto bias_sum = scratch<float>(grads.bias ? grad_rows : 0);
-  // an empty vocabulary adds nothing
-  if (grads.hidden && vocab == 0) std::fill_n(hidden_sum.get(), padded * wide, 0.0f);
   std::unique_ptr<Unit[]> packed;
   const int64_t stride = kept_stride(kernels, vocab);
   // where the tokens lie among the kept logits
-  const bool scattered = kept && gathers;
+  const bool scattered = kept && tokens.count < given.rows;
   auto lanes = scratch<int64_t>(scattered ? padded : 0);
   for (int64_t t = 0; scattered && t < padded; ++t)
     lanes[t] = t < tokens.count ? live[t] / panel * stride + live[t] % panel : -1;
 
-  for (int64_t v0 = 0; v0 < vocab; v0 += grad_rows) {
-    const int64_t v1 = std::min(vocab, v0 + grad_rows), rows = v1 - v0;
-    const int64_t padded_rows = round_up(rows, kernels.rows);
-    if (grads.hidden) pack_rows(kernels, weight, v0, v1, padded_rows / kPer, weight_panels.get());
-    if (needs_weight && tokens.count == 0) std::fill_n(weight_sum.get(), padded_rows * wide, 0.0f);
-    if (grads.bias) std::fill_n(bias_sum.get(), rows, 0.0f);
-
-    for (int64_t t0 = 0; t0 < tokens.count; t0 += block) {
-      const int64_t t1 = std::min(tokens.count, t0 + block);
-      const int64_t panels = round_up(t1 - t0, panel) / panel, columns = panels * panel;
-      if (!one_block || v0 == 0) {
-        if (!kept) packed = pack_tokens<Unit>(hidden, t0, t1, panel);
-        if (needs_weight) pack_rows(kernels, hidden, t0, t1, columns / kPer, token_panels.get());
-      }
-      // the gradient of this block of logits, in both orders
-      parallel(panels, [&](int64_t from, int64_t to) {
-        rows_of.for_blocks(v0, v1, [&](const WeightBlock<Unit>& rows_in) {
-          for (int64_t p = from; p < to; ++p) {
-            const int64_t t = t0 + p * panel, row = rows_in.first - v0;
-            kernels.logit_gradient(
-                rows_in, inputs.head,
-                kept ? tokens.at<Unit>(t, nullptr, 0, kept + (scattered ? 0 : t / panel * stride),
-                                       scattered ? lanes.get() + t : nullptr)
-                     : tokens.at(t, packed.get() + p * panel * units, units),
-                {fields[0] + t, fields[1] + t, fields[2] + t}, pick_grad.get(),
-                by_vocab.get() + (row * columns + p * panel) / kPer, columns / kPer,
-                by_token.get() + (p * padded_rows + row) / kPer * panel);
-          }
-        });
-      });
-      if (grads.bias) add_row_sums(by_vocab.get(), rows, columns, bias_sum.get());
-      if (grads.hidden) {
-        parallel(panels * hidden_panels, [&](int64_t from, int64_t to) {
-          for (int64_t i = from; i < to; ++i) {
-            const int64_t p = i / hidden_panels, h = i % hidden_panels;
-            kernels.product(by_token.get() + p * padded_rows / kPer * panel, 1, panel,
-                            weight_panels.get() + h * padded_rows / kPer * panel,
-                            padded_rows / kPer, panel,
-                            hidden_sum.get() + (t0 + p * panel) * wide + h * panel, wide, v0 > 0);
-          }
-        });
-      }
-      if (needs_weight) {
-        // groups of rows small enough for L1 beside the panel
-        const int64_t group = 8 * kernels.rows, groups = (padded_rows + group - 1) / group;
-        parallel(hidden_panels * groups, [&](int64_t from, int64_t to) {
-          for (int64_t i = from; i < to; ++i) {
-            const int64_t h = i / groups, row = i % groups * group;
-            kernels.product(by_vocab.get() + row * columns / kPer, columns / kPer, 1,
-                            token_panels.get() + h * columns / kPer * panel, columns / kPer,
-                            std::min(group, padded_rows - row),
-                            weight_sum.get() + row * wide + h * panel, wide, t0 > 0);
-          }
-        });
-      }
-    }
-    if (needs_weight) {
-      parallel(rows, [&](int64_t from, int64_t to) {
-        for (int64_t r = from; r < to; ++r) {
-          const float* sum = weight_sum.get() + r * wide;
-          if (grads.weight_sum)
-            kernels.add_row(sum, grads.weight_sum + (v0 + r) * depth, depth);
-          else
-            kernels.convert_row(sum, grads.weight + (v0 + r) * depth, depth);
+  const auto pack = [&](int64_t t0, int64_t t1) {
+    if (!kept) packed = pack_tokens<Unit>(hidden.matrix, t0, t1, panel);
+  };
+  const auto fill = [&](const GradBlock<Unit>& block) {
+    parallel(block.columns / panel, [&](int64_t from, int64_t to) {
+      rows_of.for_blocks(block.v0, block.v1, [&](const WeightBlock<Unit>& rows_in) {
+        for (int64_t p = from; p < to; ++p) {
+          const int64_t t = block.t0 + p * panel;
+          kernels.logit_gradient(
+              rows_in, inputs.head,
+              kept ? tokens.at<Unit>(t, nullptr, 0, kept + (scattered ? 0 : t / panel * stride),
+                                     scattered ? lanes.get() + t : nullptr)
+                   : tokens.at(t, packed.get() + p * panel * units, units),
+              {fields[0] + t, fields[1] + t, fields[2] + t}, pick_grad.get(),
+              block.vocab_at(rows_in.first, t), block.vocab_stride(),
+              block.token_at(rows_in.first, t, panel));
         }
       });
-    }
-    if (grads.bias) kernels.convert_row(bias_sum.get(), grads.bias + v0, rows);
-  }
-  if (grads.hidden) {
-    if (gathers) std::fill_n(grads.hidden, given.rows * depth, T(0.0f));
-    parallel(tokens.count, [&](int64_t from, int64_t to) {
-      for (int64_t t = from; t < to; ++t)
-        kernels.convert_row(hidden_sum.get() + t * wide, grads.hidden + live[t] * depth, depth);
     });
-  }
-}
-
-// Runs the body with Unit = Pair where bfloat16 products exist and the data are bfloat16.
-template <class T, class F>
-void with_unit(const F& f) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (cpu_isa() == Isa::kAvx512Bf16) return f(Pair{});
-  }
-  f(float{});
+  };
+  head_gradients(kernels, hidden.matrix, weight, live, given.rows, grads, pack, fill);
 }
 
 void check_inputs(const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -598,7 +372,7 @@ Kept run_forward(Tensor hidden, Tensor weight, std::optional<Tensor> bias, const
                            topk_ids.mutable_data_ptr<int64_t>(),
                            topk,
                            keep ? kept.mutable_data_ptr<float>() : nullptr};
-      forward_rows<Unit>(Matrix<T>(hidden), HeadInputs<T>(weight, bias, options), options, out);
+      forward_rows<Unit>(Matrix<T>(hidden), inputs_of<T>(weight, bias, options), options, out);
     });
   });
   return {logprob,    logsumexp,   entropy,  sum_sq_prob, is_top1,
@@ -650,10 +424,10 @@ Gradients run_backward(const Upstream& upstream, Tensor hidden, Tensor weight,
   Tensor grad_weight = torch::stable::new_empty(hidden, {need_weight ? vocab : 0, depth});
   Tensor grad_bias = torch::stable::new_empty(hidden, {need_bias ? vocab : 0});
   RLK_DISPATCH_FLOAT(hidden, T, {
-    const Grads<T> grads = {need_hidden ? grad_hidden.mutable_data_ptr<T>() : nullptr,
-                            need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr,
-                            need_bias ? grad_bias.mutable_data_ptr<T>() : nullptr,
-                            weight_sum ? weight_sum->mutable_data_ptr<float>() : nullptr};
+    const HeadGrads<T> grads = {need_hidden ? grad_hidden.mutable_data_ptr<T>() : nullptr,
+                                need_weight ? grad_weight.mutable_data_ptr<T>() : nullptr,
+                                need_bias ? grad_bias.mutable_data_ptr<T>() : nullptr,
+                                weight_sum ? weight_sum->mutable_data_ptr<float>() : nullptr};
     with_unit<T>([&](auto unit) {
       using Unit = decltype(unit);
       if (kept) {
@@ -661,9 +435,8 @@ Gradients run_backward(const Upstream& upstream, Tensor hidden, Tensor weight,
         const int64_t panels = round_up(hidden.size(0), kernels.panel) / kernels.panel;
         RLK_CHECK_SIZE(*kept, 0, panels * kept_stride(kernels, options.vocab_size));
       }
-      backward_rows<Unit>(upstream, Matrix<T>(hidden), HeadInputs<T>(weight, bias, options),
-                          options, logsumexp.const_data_ptr<float>(),
-                          entropy.const_data_ptr<float>(),
+      backward_rows<Unit>(upstream, Matrix<T>(hidden), inputs_of<T>(weight, bias, options), options,
+                          logsumexp.const_data_ptr<float>(), entropy.const_data_ptr<float>(),
                           kept ? kept->mutable_data_ptr<float>() : nullptr, grads);
     });
     // padding of the vocabulary

@@ -14,6 +14,7 @@
 #endif
 
 #include "isa.h"
+#include "rlkern/math/divergence.h"
 #include "rlkern/math/softcap.h"
 #include "vec.h"
 
@@ -89,6 +90,20 @@ struct TokenGrads {
   const float* logsumexp;
 };
 
+// Of one model and a panel of tokens, from logits to log-probs: (y - max) inv - log_sum.
+struct Normalizers {
+  const float* inv_temperature;
+  const float* max;
+  const float* log_sum;
+};
+
+// Per token of a panel: see math/divergence.h.
+struct DivergencePanel {
+  Normalizers student, teacher;
+  Divergence kind;
+  float beta;
+};
+
 // Rows of the weight that a tile kernel visits: `count` from row `first` of the vocabulary on.
 template <class Unit>
 struct WeightBlock {
@@ -122,6 +137,18 @@ struct TileKernels {
                          const TokenPanel<Unit>& tokens, const TokenGrads& grads,
                          const float* pick_grad, Unit* by_vocab, int64_t vocab_stride,
                          Unit* by_token);
+  // `out` takes a row of the panel for each row of the vocabulary, up to the next multiple of rows
+  void (*logits)(const WeightBlock<Unit>& weight, const Head& head, const TokenPanel<Unit>& tokens,
+                 float* out);
+  // adds `count` rows of both models' logits to the panel's divergences and their own terms
+  void (*fold_divergence)(const float* student, const float* teacher, int64_t count,
+                          const DivergencePanel& panel, float* value, float* own);
+  // their gradient with respect to the student's products, times `upstream`; stored as
+  // logit_gradient does
+  void (*divergence_gradient)(const float* student, const float* teacher, int64_t count,
+                              const Softcap& softcap, const DivergencePanel& panel,
+                              const float* own, const float* upstream, Unit* by_vocab,
+                              int64_t vocab_stride, Unit* by_token);
   void (*product)(const Unit* a, int64_t row_stride, int64_t unit_stride, const Unit* b,
                   int64_t units, int64_t rows, float* c, int64_t c_stride, bool add);
   void (*pack_columns)(const T* src, int64_t stride, int64_t depth, int64_t units, int64_t columns,

@@ -1,4 +1,5 @@
-// One register tile of a matrix product, and what linear_logprob does with it while it is in L1.
+// One register tile of a matrix product, and what linear_logprob and linear_distill_loss do with it
+// while it is in L1.
 //
 // Included once per instruction set, with RLK_ISA (a namespace), RLK_TARGET (the target attribute),
 // RLK_FLOATS and RLK_INTS (vectors as wide as its registers), RLK_ROWS x RLK_VECTORS (the register
@@ -42,8 +43,7 @@ RLK_TARGET static __attribute__((noinline)) void multiply(const Unit* a, int64_t
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      acc[r][v] = V{};
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = V{};
   for (int64_t k = 0; k < units; ++k, a += unit_stride, b += kPanel) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -241,6 +241,113 @@ RLK_TARGET static void logit_gradient(const WeightBlock<Unit>& weight, const Hea
   }
 }
 
+template <class Unit>
+RLK_TARGET static void logits(const WeightBlock<Unit>& weight, const Head& head,
+                              const TokenPanel<Unit>& tokens, float* out) {
+  for (int64_t row = 0; row < weight.count; row += kRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kRows, weight.count - row));
+    tile_logits(weight, row, count, head, tokens, out + row * kPanel);
+  }
+}
+
+// The log-probs of one model's tokens of a vector.
+struct LogProbs {
+  V inv, max, log_sum;
+
+  RLK_TARGET static inline __attribute__((always_inline)) LogProbs at(const Normalizers& n,
+                                                                      int64_t t) {
+    return {load_as<V>(n.inv_temperature + t), load_as<V>(n.max + t), load_as<V>(n.log_sum + t)};
+  }
+  RLK_TARGET inline __attribute__((always_inline)) V of(V y) const {
+    return (y - max) * inv - log_sum;
+  }
+};
+
+template <Divergence kKind>
+RLK_TARGET static void fold_divergence_of(const float* student, const float* teacher, int64_t count,
+                                          const DivergencePanel& panel, float* value, float* own) {
+  for (int64_t row = 0; row < count; row += kRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kRows, count - row));
+    for (int64_t t = 0; t < kPanel; t += kWidth) {
+      const LogProbs s = LogProbs::at(panel.student, t), q = LogProbs::at(panel.teacher, t);
+      V values{}, owns{};
+      for (int r = 0; r < rows; ++r) {
+        const int64_t at = (row + r) * kPanel + t;
+        const DivergenceTerm<V> term = divergence_term<kKind>(
+            s.of(load_as<V>(student + at)), q.of(load_as<V>(teacher + at)), panel.beta);
+        values += term.value;
+        owns += term.own;
+      }
+      store_as(value + t, load_as<V>(value + t) + values);
+      store_as(own + t, load_as<V>(own + t) + owns);
+    }
+  }
+}
+
+RLK_TARGET static void fold_divergence(const float* student, const float* teacher, int64_t count,
+                                       const DivergencePanel& panel, float* value, float* own) {
+  switch (panel.kind) {
+    case Divergence::kForward:
+      return fold_divergence_of<Divergence::kForward>(student, teacher, count, panel, value, own);
+    case Divergence::kReverse:
+      return fold_divergence_of<Divergence::kReverse>(student, teacher, count, panel, value, own);
+    case Divergence::kJsd:
+      return fold_divergence_of<Divergence::kJsd>(student, teacher, count, panel, value, own);
+  }
+}
+
+template <Divergence kKind, class Unit>
+RLK_TARGET static void divergence_gradient_of(const float* student, const float* teacher,
+                                              int64_t count, const Softcap& softcap,
+                                              const DivergencePanel& panel, const float* own,
+                                              const float* upstream, Unit* by_vocab,
+                                              int64_t vocab_stride, Unit* by_token) {
+  constexpr int64_t kPer = kPerUnit<Unit>;
+  for (int64_t row = 0; row < count; row += kRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kRows, count - row));
+    for (int64_t t = 0; t < kPanel; t += kWidth) {
+      const LogProbs s = LogProbs::at(panel.student, t), q = LogProbs::at(panel.teacher, t);
+      const V own_terms = load_as<V>(own + t), g = load_as<V>(upstream + t);
+      V d[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= rows) {
+          d[r] = V{};
+          continue;
+        }
+        const int64_t at = (row + r) * kPanel + t;
+        const V y = load_as<V>(student + at);
+        V x = rlkern::divergence_gradient<kKind>(s.of(y), q.of(load_as<V>(teacher + at)), own_terms,
+                                                 panel.beta);
+        x *= g * s.inv;
+        if (softcap.on()) x *= softcap.slope(y);
+        // the padding of a panel may have held anything
+        d[r] = g == 0.0f ? V{} : x;
+      }
+      store_units(d, kRows, by_vocab + row * vocab_stride + t / kPer, vocab_stride,
+                  by_token + row / kPer * kPanel + t);
+    }
+  }
+}
+
+template <class Unit>
+RLK_TARGET static void divergence_gradient(const float* student, const float* teacher,
+                                           int64_t count, const Softcap& softcap,
+                                           const DivergencePanel& panel, const float* own,
+                                           const float* upstream, Unit* by_vocab,
+                                           int64_t vocab_stride, Unit* by_token) {
+  const auto run = [&](const auto& of) {
+    of(student, teacher, count, softcap, panel, own, upstream, by_vocab, vocab_stride, by_token);
+  };
+  switch (panel.kind) {
+    case Divergence::kForward:
+      return run(divergence_gradient_of<Divergence::kForward, Unit>);
+    case Divergence::kReverse:
+      return run(divergence_gradient_of<Divergence::kReverse, Unit>);
+    case Divergence::kJsd:
+      return run(divergence_gradient_of<Divergence::kJsd, Unit>);
+  }
+}
+
 // C = A B, or C += A B, for `rows` rows (a multiple of kRows) and one panel of columns.
 template <class Unit>
 RLK_TARGET static void product(const Unit* a, int64_t row_stride, int64_t unit_stride,
@@ -291,6 +398,9 @@ constexpr TileKernels<Unit, T> kernels() {
           kPanel,
           &fold_logits<Unit>,
           &logit_gradient<Unit>,
+          &logits<Unit>,
+          &fold_divergence,
+          &divergence_gradient<Unit>,
           &product<Unit>,
           &pack_columns<Unit, T>,
           &convert_row<T>,

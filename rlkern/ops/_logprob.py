@@ -104,20 +104,24 @@ def check_rows(op: str, rows: Tensor, name: str, targets: Tensor) -> None:
     _check.same_device(op, "targets", targets, name, rows.device)
 
 
-def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check.tensor(op, "hidden", hidden)
-    _check.tensor(op, "weight", weight)
-    _check.dtype(op, "hidden", hidden, _check.FLOATS)
-    _check.dtype(op, "weight", weight, (hidden.dtype,))
-    _check.ndim(op, "hidden", hidden, "(T, H)")
-    _check.ndim(op, "weight", weight, "(V, H)")
-    _check.shape(op, "weight", weight, (weight.shape[0], hidden.shape[1]), "(V, H)")
-    _check.same_device(op, "weight", weight, "hidden", hidden.device)
+def check_head(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = ""
+) -> None:
+    """`prefix`: of the three arguments' names."""
+    at, of, plus = (prefix + name for name in ("hidden", "weight", "bias"))
+    _check.tensor(op, at, hidden)
+    _check.tensor(op, of, weight)
+    _check.dtype(op, at, hidden, _check.FLOATS)
+    _check.dtype(op, of, weight, (hidden.dtype,))
+    _check.ndim(op, at, hidden, "(T, H)")
+    _check.ndim(op, of, weight, "(V, H)")
+    _check.shape(op, of, weight, (weight.shape[0], hidden.shape[1]), "(V, H)")
+    _check.same_device(op, of, weight, at, hidden.device)
     if bias is not None:
-        _check.tensor(op, "bias", bias)
-        _check.dtype(op, "bias", bias, (hidden.dtype,))
-        _check.shape(op, "bias", bias, (weight.shape[0],), "(V,)")
-        _check.same_device(op, "bias", bias, "hidden", hidden.device)
+        _check.tensor(op, plus, bias)
+        _check.dtype(op, plus, bias, (hidden.dtype,))
+        _check.shape(op, plus, bias, (weight.shape[0],), "(V,)")
+        _check.same_device(op, plus, bias, at, hidden.device)
 
 
 def check_vocab_size(op: str, vocab_size: int | None, vocab: int) -> int:

@@ -19,6 +19,7 @@ OPS = (
     "value_loss",
     "segment_reduce",
     "sparse_linear_logprob",
+    "linear_distill_loss",
 )
 
 

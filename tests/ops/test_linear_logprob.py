@@ -179,6 +179,17 @@ def test_equals_torch_and_differentiates(device):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-5)
 
 
+def test_large_biases_do_not_reach_the_gradient_through_padding(device):
+    """Panels of tokens are filled up with lanes that see the bias alone."""
+    inputs = torch.randn(5, 8), torch.randn(40, 8), torch.randn(40)
+    inputs[2][7] = 120.0
+    hidden, weight, bias = (x.to(device).requires_grad_() for x in inputs)
+    targets = torch.arange(5).to(device)
+    logprob = rlkern.linear_logprob(hidden, weight, targets, bias=bias).logprob
+    grads = torch.autograd.grad(logprob.sum(), (hidden, weight, bias))
+    assert all(g.isfinite().all() for g in grads)
+
+
 def test_rows_without_a_gradient_drop_out_exactly():
     """Not multiplied by zero: what they hold does not matter."""
     hidden, weight = torch.randn(40, 16), torch.randn(90, 16)

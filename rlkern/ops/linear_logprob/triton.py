@@ -296,11 +296,11 @@ def backward_kept(*args: object) -> tuple[Tensor, Tensor, Tensor]:
             d_weight = zeros(logits.shape[1] if need_weight else 0, depth)
             d_bias = zeros(logits.shape[1] if need_bias else 0)
         if need_hidden:
-            d_hidden[part] += _matmul_fp32(d_logits, weight[columns])
+            d_hidden[part] += matmul_fp32(d_logits, weight[columns])
         if weight_sum is not None:
-            weight_sum[columns] += _matmul_fp32(d_logits.T, hidden[part])
+            weight_sum[columns] += matmul_fp32(d_logits.T, hidden[part])
         if need_weight:
-            d_weight += _matmul_fp32(d_logits.T, hidden[part])
+            d_weight += matmul_fp32(d_logits.T, hidden[part])
         if need_bias:
             d_bias += d_logits.sum(0, dtype=torch.float32)
         if part.stop >= count:
@@ -403,7 +403,7 @@ def _chunks(head: Head, scalars: Scalars, buffer: Tensor) -> Iterator[Chunk]:
         for begin in range(0, hidden.shape[0], max(1, count)):
             part = slice(begin, min(begin + count, hidden.shape[0]))
             logits = _block(buffer, (part.stop - begin, entries.shape[0]))
-            _multiply(hidden[part], entries, logits, head.batch_invariant)
+            multiply(hidden[part], entries, logits, head.batch_invariant)
             yield Chunk(part, first, logits)
 
 
@@ -433,7 +433,7 @@ def _of(rows: Rows, part: slice) -> Rows:
     return Rows(*cut)._replace(vocab_mask=rows.vocab_mask)
 
 
-def _multiply(hidden: Tensor, weight: Tensor, out: Tensor, batch_invariant: bool) -> None:
+def multiply(hidden: Tensor, weight: Tensor, out: Tensor, batch_invariant: bool) -> None:
     """out = hidden @ weight^T, the float32 accumulator kept.
 
     Our own kernel has tiles and an order of sums that nothing changes, and IEEE products: it also
@@ -477,7 +477,7 @@ def _tile(hidden: Tensor, weight: Tensor) -> dict[str, int]:
     }
 
 
-def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with the float32 accumulator kept; torch has that for 16-bit inputs on CUDA only."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
