@@ -90,7 +90,20 @@ class Rollout(Section):
 class Algorithm(Section):
     objective: str = "grpo"
     options: dict[str, Any] = {}  # fields of rlkern.PolicyObjective that differ from the preset
-    advantage: Literal["grpo", "dr_grpo", "rloo", "batch_std"] = "grpo"
+    # the kinds of rlkern.group_advantage that need nothing but rewards
+    advantage: Literal[
+        "grpo",
+        "dr_grpo",
+        "rloo",
+        "batch_std",
+        "maxrl",
+        "passk",
+        "grpo_passk",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "gpg",
+        "w_reinforce",
+    ] = "grpo"
 
     def build(self) -> rlkern.PolicyObjective:
         return rlkern.PolicyObjective.preset(self.objective, **self.options)
