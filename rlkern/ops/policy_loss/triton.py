@@ -15,8 +15,8 @@ from torch import Tensor
 from rlkern.ops.policy_loss.triton_surrogates import BANDED, CLIP, GEOMETRIC, bounded, surrogate
 
 BLOCK = 1024
-# A program walks a whole sequence: long blocks, so that 128 k tokens take 32 steps.
-SEQUENCE_BLOCK = 4096
+# A program walks a whole sequence: long blocks, so that 128 k tokens take 64 steps.
+SEQUENCE_BLOCK = 2048
 # Partial sums of one block of tokens, padded to a power of two.
 COLUMNS = tl.constexpr(16)
 (
@@ -416,6 +416,7 @@ def _token_kernel(
     DIVIDE_BY_LENGTH: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
     SEGMENT_STEPS: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
@@ -434,13 +435,15 @@ def _token_kernel(
         counts = counts & (position >= begin) & (position < end)
         length = tl.minimum(end, num_tokens) - tl.maximum(begin, 0)
     else:
-        sequence = tl.where(in_range, position // row_length, 0)
+        # a division of 64 bits is a call, and costs registers
+        at = position if WIDE else position.to(tl.int32)
+        sequence = tl.where(in_range, at // row_length, 0).to(tl.int64)
     all_tokens = length
-    column: tl.constexpr = 0 if COUNT_REJECTED else 1
+    which: tl.constexpr = 0 if COUNT_REJECTED else 1
     present = tl.sum(counts.to(tl.float32), 0)
     if lengths is not None:
         all_tokens = tl.load(lengths + 2 * sequence, mask=counts, other=1).to(tl.int64)
-        length = tl.load(lengths + 2 * sequence + column, mask=counts, other=1).to(tl.int64)
+        length = tl.load(lengths + 2 * sequence + which, mask=counts, other=1).to(tl.int64)
         if SEQUENCE_REJECTION != 0:
             kept = tl.load(lengths + 2 * sequence + 1, mask=counts, other=0)
             counts = counts & (kept > 0)
@@ -469,7 +472,7 @@ def _token_kernel(
 
     if DENOMINATOR != 0:
         scale = scale / _divisor(
-            lengths, cu_seqlens, row_length, num_tokens, num_sequences, column, DENOMINATOR
+            lengths, cu_seqlens, row_length, num_tokens, num_sequences, which, DENOMINATOR
         )
     weight = tl.full((BLOCK_T,), 0.0, tl.float32) + scale
     if DIVIDE_BY_LENGTH:
@@ -775,6 +778,7 @@ def forward(
         DIVIDE_BY_LENGTH=do.divide_by_length,
         SEARCH_STEPS=num_sequences.bit_length(),
         SEGMENT_STEPS=num_segments.bit_length(),
+        WIDE=num_tokens + BLOCK >= 2**31,
         BLOCK_T=BLOCK,
         num_warps=8,
     )
