@@ -1,6 +1,8 @@
 """rlkern: fused kernels for RL post-training of language models."""
 
 from rlkern.ops._logprob import LogprobOutput
+from rlkern.ops._quantized import QuantizedTensor
+from rlkern.ops.dequantize import dequantize
 from rlkern.ops.gae import GaeOutput, gae
 from rlkern.ops.group_advantage import group_advantage
 from rlkern.ops.linear_distill_loss import LinearDistillLossOutput, linear_distill_loss
@@ -9,6 +11,8 @@ from rlkern.ops.linear_policy_loss import LinearPolicyLossOutput, linear_policy_
 from rlkern.ops.logprob_from_logits import logprob_from_logits
 from rlkern.ops.policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
 from rlkern.ops.policy_loss.groups import balanced_clip, group_policy_loss, self_reward_loss
+from rlkern.ops.quantize_fp8 import quantize_fp8
+from rlkern.ops.quantize_nvfp4 import quantize_nvfp4
 from rlkern.ops.segment_reduce import segment_reduce
 from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
 from rlkern.ops.value_loss import ValueLossOutput, value_loss
@@ -22,8 +26,10 @@ __all__ = [
     "LogprobOutput",
     "PolicyLossOutput",
     "PolicyObjective",
+    "QuantizedTensor",
     "ValueLossOutput",
     "balanced_clip",
+    "dequantize",
     "gae",
     "group_advantage",
     "group_policy_loss",
@@ -32,6 +38,8 @@ __all__ = [
     "linear_policy_loss",
     "logprob_from_logits",
     "policy_loss",
+    "quantize_fp8",
+    "quantize_nvfp4",
     "segment_reduce",
     "self_reward_loss",
     "sparse_linear_logprob",

@@ -20,6 +20,8 @@ OPS = (
     "segment_reduce",
     "sparse_linear_logprob",
     "linear_distill_loss",
+    "quantize_fp8",
+    "quantize_nvfp4",
 )
 
 
