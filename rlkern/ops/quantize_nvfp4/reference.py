@@ -21,7 +21,7 @@ block from left to right, is smaller.
 import torch
 from torch import Tensor
 
-from rlkern.ops.quantize_fp8.reference import block_amax, divided, e4m3, over, spread
+from rlkern.ops.quantize_fp8 import reference as fp8
 
 RECIPES = ("te", "vllm", "compressed_tensors", "torchao", "modelopt")
 """The schema carries a recipe as its index here; csrc and Triton follow the same order."""
@@ -57,13 +57,13 @@ def e2m1_values(codes: Tensor) -> Tensor:
 def global_scales(amax: Tensor, recipe: int, largest: float) -> tuple[Tensor, Tensor]:
     """(S, what decodes) of () float32 max |w|; largest is 6 times the largest block scale."""
     name = RECIPES[recipe]
-    encode, decode = over(largest, amax), divided(amax, largest)
+    encode, decode = fp8.over(largest, amax), fp8.divided(amax, largest)
     if name == "te":
         encode = torch.where(amax > 0, encode, 1.0).clamp(max=_MOST)
         return torch.where(encode == 0, 1.0, encode), decode
     if name in ("vllm", "compressed_tensors"):
         encode = torch.where(encode.isfinite(), encode, 1.0)
-        return encode, over(1.0, encode)
+        return encode, fp8.over(1.0, encode)
     return encode, decode
 
 
@@ -71,23 +71,23 @@ def block_scales(b: Tensor, encode: Tensor, decode: Tensor, recipe: int) -> tupl
     """E4M3 codes of the blocks' scales, and the factor, or divisor, of their elements."""
     name = RECIPES[recipe]
     if name == "te":
-        codes = e4m3(b * (encode * _SIXTH))
-        return codes, over(1.0, from_e4m3(codes) * over(1.0, encode)).clamp(max=_MOST)
+        codes = fp8.e4m3(b * (encode * _SIXTH))
+        return codes, fp8.over(1.0, from_e4m3(codes) * fp8.over(1.0, encode)).clamp(max=_MOST)
     if name == "vllm":
-        codes = e4m3(encode * (b * _SIXTH))
-        step = from_e4m3(codes) * over(1.0, encode)
-        return codes, torch.where(step == 0, 0.0, over(1.0, step))
+        codes = fp8.e4m3(encode * (b * _SIXTH))
+        step = from_e4m3(codes) * fp8.over(1.0, encode)
+        return codes, torch.where(step == 0, 0.0, fp8.over(1.0, step))
     if name == "compressed_tensors":
-        codes = e4m3(encode * divided(b, 6.0))
+        codes = fp8.e4m3(encode * fp8.divided(b, 6.0))
         codes = torch.where(codes == 0, 0x20, codes)  # 0.125
         return codes, from_e4m3(codes) / encode
     if name == "torchao":
-        scale = divided(b, 6.0) / decode
-        codes = e4m3(torch.where(scale < 2.0**-6, 2.0**-6, scale))
-        return codes, over(1.0, decode) / from_e4m3(codes)
+        scale = fp8.divided(b, 6.0) / decode
+        codes = fp8.e4m3(torch.where(scale < 2.0**-6, 2.0**-6, scale))
+        return codes, fp8.over(1.0, decode) / from_e4m3(codes)
     scale = b / (6.0 * decode)
     scale = torch.where(scale == 0, 1.0, scale)
-    codes = e4m3(torch.where(scale < 2.0**-9, 2.0**-9, scale))
+    codes = fp8.e4m3(torch.where(scale < 2.0**-9, 2.0**-9, scale))
     return codes, from_e4m3(codes) * decode
 
 
@@ -95,10 +95,12 @@ def candidate(
     w: Tensor, raw: Tensor, amax: Tensor, encode: Tensor, rule: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, codes of scales, errors by block) of block scales that are still float32."""
-    scales = e4m3(raw)
+    scales = fp8.e4m3(raw)
     s = from_e4m3(scales)
-    codes = e2m1(w * spread(over(1.0, s * over(1.0, encode)).clamp(max=_MOST), w, 1, 16))
-    off = divided(e2m1_values(codes) * spread(s, w, 1, 16) * amax, 1536.0) - w
+    codes = e2m1(
+        w * fp8.spread(fp8.over(1.0, s * fp8.over(1.0, encode)).clamp(max=_MOST), w, 1, 16)
+    )
+    off = fp8.divided(e2m1_values(codes) * fp8.spread(s, w, 1, 16) * amax, 1536.0) - w
     off = (off.abs() if RULES[rule] == "mae" else off * off).view(*raw.shape, 16)
     error = off[..., 0].clone()
     for i in range(1, 16):
@@ -109,11 +111,11 @@ def candidate(
 def four_over_six(
     w: Tensor, b: Tensor, amax: Tensor, encode: Tensor, rule: int
 ) -> tuple[Tensor, Tensor]:
-    raw = divided(b, 6.0) * encode
+    raw = fp8.divided(b, 6.0) * encode
     six, scales6, error6 = candidate(w, raw, amax, encode, rule)
     four, scales4, error4 = candidate(w, raw * 1.5, amax, encode, rule)
     better = error4 < error6
-    codes = torch.where(spread(better, w, 1, 16), four, six)
+    codes = torch.where(fp8.spread(better, w, 1, 16), four, six)
     return codes, torch.where(better, scales4, scales6)
 
 
@@ -132,18 +134,18 @@ def forward(
     if name == "te":
         magnitude = torch.where(magnitude.isnan(), 0.0, magnitude)
     if amax is None:
-        amax = block_amax(magnitude, 0, 0).view(-1)
+        amax = fp8.block_amax(magnitude, 0, 0).view(-1)
         amax = amax[0] if amax.numel() else w.new_zeros(())
     amax = amax.view(())
     encode, decode = global_scales(amax, recipe, 1536.0 if rule else 2688.0)
-    b = block_amax(magnitude, 16 if square else 1, 16)
+    b = fp8.block_amax(magnitude, 16 if square else 1, 16)
     if square:
         b = b.repeat_interleave(16, 0)[:rows]
     if rule:
         codes, scales = four_over_six(w, b, amax, encode, rule)
         return codes[:, 0::2] | (codes[:, 1::2] << 4), scales, decode.clone()
     scales, factor = block_scales(b, encode, decode, recipe)
-    factor = spread(factor, w, 1, 16)
+    factor = fp8.spread(factor, w, 1, 16)
     x = w / factor if name in ("compressed_tensors", "modelopt") else w * factor
     # ModelOpt takes the sign from x < 0: adding 0 makes +0 of -0
     codes = e2m1(x + 0.0 if name == "modelopt" else x)
