@@ -1,6 +1,7 @@
 // math/divergence.h against double. Prints nothing and returns 0 when all is well.
 #include <cmath>
 #include <cstdio>
+#include <initializer_list>
 
 #include "rlkern/math/divergence.h"
 
