@@ -250,7 +250,9 @@ void backward_rows(const Upstream& upstream, const Matrix<T>& given, const HeadI
   auto token_grads = scratch<float>(3 * padded);
   float* fields[3];
   for (int i = 0; i < 3; ++i) fields[i] = token_grads.get() + i * padded;
-  std::fill_n(fields[0], 3 * padded, 0.0f);
+  std::fill_n(fields[0], 2 * padded, 0.0f);
+  // probability 0 in a panel's padding, which sees the bias alone
+  std::fill_n(fields[2], padded, INFINITY);
   auto pick_grad = scratch<float>(tokens.count * tokens.width);
   for (int64_t t = 0; t < tokens.count; ++t) {
     const int64_t row = live[t];

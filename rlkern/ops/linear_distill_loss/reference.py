@@ -1,7 +1,8 @@
 """Divergence between a student's and a teacher's heads in plain torch: the specification.
 
-    x = hidden @ weight^T + bias,  y = logit_scale x, then softcap tanh(y / softcap) if softcap > 0
-    z = y / temperature,  s = softmax(z of the student),  t = softmax(z of the teacher)
+    x = hidden @ weight^T + bias
+    z = logit_scale x / temperature, or softcap tanh(logit_scale x / softcap) / temperature where
+    softcap > 0;  s = softmax(z of the student),  t = softmax(z of the teacher)
 
     beta = 0      sum_j t_j log(t_j / s_j)                          forward KL
     beta = 1      sum_j s_j log(s_j / t_j)                          reverse KL
@@ -39,18 +40,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(divergence, logprob, entropy, stats); logprob is empty without targets.
 
-    stats is (5, T), for backward: the largest y and log sum_j exp(z_j - max z) of the student,
-    both of the teacher, and the divergence's part that the student's gradient holds: the reverse
-    KL, or sum_j s_j log(s_j / m_j); 0 for the forward KL.
+    stats is (5, T), for backward: the largest logit (x, or after the soft cap where there is one)
+    and log sum_j exp(z_j - max z) of the student, both of the teacher, and the divergence's part
+    that the student's gradient holds: the reverse KL, or sum_j s_j log(s_j / m_j); 0 for the
+    forward KL.
     """
     scale = temperature if row_temperature is None else row_temperature[:, None]
-    y, _ = _capped(_logits(hidden, weight, bias, vocab_size), logit_scale, softcap)
-    teacher = _logits(teacher_hidden, teacher_weight, teacher_bias, vocab_size)
-    teacher, _ = _capped(teacher, teacher_logit_scale, teacher_softcap)
-    top, log_sum = _normalizer(y, scale)
-    teacher_top, teacher_log_sum = _normalizer(teacher, scale)
-    log_s = (y - top) / scale - log_sum
-    log_t = (teacher - teacher_top) / scale - teacher_log_sum
+    x = _logits(hidden, weight, bias, vocab_size)
+    y, inv, _ = _capped(x, logit_scale, softcap, scale)
+    x = _logits(teacher_hidden, teacher_weight, teacher_bias, vocab_size)
+    theirs, teacher_inv, _ = _capped(x, teacher_logit_scale, teacher_softcap, scale)
+    top, log_sum = _normalizer(y, inv)
+    teacher_top, teacher_log_sum = _normalizer(theirs, teacher_inv)
+    log_s = (y - top) * inv - log_sum
+    log_t = (theirs - teacher_top) * teacher_inv - teacher_log_sum
     s, t = log_s.exp(), log_t.exp()
     own = y.new_zeros(y.shape[0])
     if beta == 0:
@@ -116,22 +119,23 @@ def logit_gradient(
     teacher_softcap: float,
     vocab_size: int,
 ) -> Tensor:
-    """(T, vocab_size). With g the upstream gradient and dy / dx the slope of scale and soft cap,
+    """(T, vocab_size). With g the upstream gradient,
 
-    d_j = g e_j / temperature dy_j / dx_j,  e_j = s_j - t_j                               beta = 0
-                                                s_j (log s_j - log t_j - reverse KL)      beta = 1
-                                                (1 - beta) s_j (log s_j - log m_j
-                                                    - sum_k s_k log(s_k / m_k))           between
+    d_j = g e_j dz_j / dx_j,  e_j = s_j - t_j                                             beta = 0
+                                    s_j (log s_j - log t_j - reverse KL)                  beta = 1
+                                    (1 - beta) s_j (log s_j - log m_j
+                                        - sum_k s_k log(s_k / m_k))                       between
 
     Rows with g = 0 get exactly 0, whatever they hold.
     """
     scale = temperature if row_temperature is None else row_temperature[:, None]
-    y, slope = _capped(_logits(hidden, weight, bias, vocab_size), logit_scale, softcap)
-    teacher = _logits(teacher_hidden, teacher_weight, teacher_bias, vocab_size)
-    teacher, _ = _capped(teacher, teacher_logit_scale, teacher_softcap)
+    x = _logits(hidden, weight, bias, vocab_size)
+    y, inv, slope = _capped(x, logit_scale, softcap, scale)
+    x = _logits(teacher_hidden, teacher_weight, teacher_bias, vocab_size)
+    theirs, teacher_inv, _ = _capped(x, teacher_logit_scale, teacher_softcap, scale)
     top, log_sum, teacher_top, teacher_log_sum, own = stats.to(y.dtype)[:, :, None]
-    log_s = (y - top) / scale - log_sum
-    log_t = (teacher - teacher_top) / scale - teacher_log_sum
+    log_s = (y - top) * inv - log_sum
+    log_t = (theirs - teacher_top) * teacher_inv - teacher_log_sum
     s = log_s.exp()
     if beta == 0:
         d = s - log_t.exp()
@@ -141,7 +145,7 @@ def logit_gradient(
         d = torch.where(s == 0, 0.0, s * (log_s - _log_mixture(log_s, log_t, beta) - own))
         d = (1 - beta) * d
     g = grad_divergence.to(y.dtype)[:, None]
-    return torch.where(g != 0, d * g / scale * slope, 0.0)
+    return torch.where(g != 0, d * g * inv * slope, 0.0)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Tensor:
@@ -150,20 +154,20 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> T
     return logits if bias is None else logits + bias[:size].to(kind)
 
 
-def _capped(x: Tensor, logit_scale: float, softcap: float) -> tuple[Tensor, Tensor | float]:
-    """y and dy / dx."""
-    # a scale of 1 must leave -inf alone, and every bit
-    y = x if logit_scale == 1 else x * logit_scale
+def _capped(
+    x: Tensor, logit_scale: float, softcap: float, temperature: Tensor | float
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """y, z / y, and dy / dx."""
     if softcap == 0:
-        return y, logit_scale
-    t = torch.tanh(y / softcap)
-    return softcap * t, logit_scale * (1 - t * t)
+        return x, logit_scale / temperature, 1.0
+    t = torch.tanh(logit_scale * x / softcap)
+    return softcap * t, 1 / temperature, logit_scale * (1 - t * t)
 
 
-def _normalizer(y: Tensor, scale: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Each row's largest y, and log sum_j exp((y_j - max) / temperature)."""
+def _normalizer(y: Tensor, inv: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Each row's largest y, and log sum_j exp((y_j - max) inv)."""
     top = y.amax(-1, keepdim=True)
-    return top, ((y - top) / scale).exp().sum(-1, keepdim=True).log()
+    return top, ((y - top) * inv).exp().sum(-1, keepdim=True).log()
 
 
 def _log_mixture(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:

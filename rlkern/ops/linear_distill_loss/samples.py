@@ -44,8 +44,10 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
         teacher = normal(7, 21), normal(51, 21), normal(51, scale=2.0)
         how = {"targets": tokens(7, 51), "temperature": 0.7}
         yield f"odd sizes, beta {beta}", case(student, teacher, beta, **how)
-        # several chunks of the vocabulary, and panels of tokens
-        student, teacher = (normal(50, 24), normal(2087, 24)), (normal(50, 40), normal(2087, 40))
+        # several chunks of the vocabulary; several panels of tokens once
+        rows = 50 if beta == 0.3 else 3
+        student = normal(rows, 24), normal(2087, 24, scale=0.4)
+        teacher = normal(rows, 40), normal(2087, 40, scale=0.4)
         yield f"large vocabulary, beta {beta}", case(student, teacher, beta)
         student = normal(6, 20), normal(100, 20), normal(100)
         how = {"row_temperature": torch.linspace(0.5, 2.0, 6).to(device)}
@@ -74,8 +76,8 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
     yield "teacher without tokens, forward", case(student, (*teacher, teacher_bias), 0.0)
     student = normal(7, 40)[::2, :25], normal(90, 50)[::3, :25]
     yield "rows with a gap", case(student, (normal(4, 8), normal(60, 8)[::2]), 0.6)
-    student = normal(5, 16), normal(200, 16), normal(200)
-    teacher = normal(5, 16), normal(160, 16)
+    student = normal(5, 16), normal(200, 16, scale=0.5), normal(200)
+    teacher = normal(5, 16), normal(160, 16, scale=0.5)
     for part in (*student[1:], teacher[1]):
         part[150:] = float("nan")
     yield "padded vocabularies", case(student, teacher, 1.0, tokens(5, 150), size=150)
