@@ -1,11 +1,15 @@
 """rlkern: fused kernels for RL post-training of language models."""
 
 from rlkern.ops._logprob import LogprobOutput
+from rlkern.ops._quantized import QuantizedTensor
+from rlkern.ops.dequantize import dequantize
 from rlkern.ops.group_advantage import group_advantage
 from rlkern.ops.linear_logprob import linear_logprob
 from rlkern.ops.linear_policy_loss import LinearPolicyLossOutput, linear_policy_loss
 from rlkern.ops.logprob_from_logits import logprob_from_logits
 from rlkern.ops.policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
+from rlkern.ops.quantize_fp8 import quantize_fp8
+from rlkern.ops.quantize_nvfp4 import quantize_nvfp4
 from rlkern.ops.segment_reduce import segment_reduce
 from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
 
@@ -16,11 +20,15 @@ __all__ = [
     "LogprobOutput",
     "PolicyLossOutput",
     "PolicyObjective",
+    "QuantizedTensor",
+    "dequantize",
     "group_advantage",
     "linear_logprob",
     "linear_policy_loss",
     "logprob_from_logits",
     "policy_loss",
+    "quantize_fp8",
+    "quantize_nvfp4",
     "segment_reduce",
     "sparse_linear_logprob",
 ]

@@ -17,6 +17,8 @@ OPS = (
     "group_advantage",
     "segment_reduce",
     "sparse_linear_logprob",
+    "quantize_fp8",
+    "quantize_nvfp4",
 )
 
 

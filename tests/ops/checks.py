@@ -102,12 +102,14 @@ def check_deterministic(op: str, device: str, dtype: torch.dtype) -> None:
                     assert_same_bits(f"{op} {kernel.name} {name!r} result {i}", a, b)
 
 
-def check_instruction_set(test_file: str, isa: str) -> None:
-    """The budget test again with the kernels that this CPU would not choose.
+def check_instruction_set(
+    test_file: str, isa: str, name: str = "test_every_kernel_is_within_the_budget"
+) -> None:
+    """A test of three dtypes again with the kernels that this CPU would not choose.
 
     An instruction set that the CPU lacks falls to the next.
     """
-    test = f"{test_file}::test_every_kernel_is_within_the_budget"
+    test = f"{test_file}::{name}"
     env = os.environ | {"RLKERN_CPU_ISA": isa, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "pytest", test, "-k", "cpu", "-p", "no:cacheprovider"]
     run = subprocess.run(command, capture_output=True, text=True, env=env)

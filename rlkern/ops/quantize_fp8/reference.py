@@ -1,0 +1,123 @@
+"""FP8 E4M3 by blocks in plain torch, bit by bit: the specification.
+
+With a = max |w| of a block, by its bits (a NaN counts as larger than all), in float32:
+
+    DIVIDE      s = max(max(a, amax_floor) / 448, scale_floor),  code = E4M3(w / s)
+    RECIPROCAL  the same s,                                      code = E4M3(w (1 / s))
+    ENCODE      e = 448 / a, 1 where a is 0, Inf or NaN,         code = E4M3(w e), s = 1 / e
+    RCEIL       s = 2^ceil(log2(a (1 / 448))), as UE8M0,         code = E4M3(w 2^-log2(s))
+
+s of 0 is zero_scale. With power_of_two s is rounded up to a power of two, e of ENCODE down.
+"""
+
+import torch
+from torch import Tensor
+
+DIVIDE, RECIPROCAL, ENCODE, RCEIL = range(4)
+LARGEST = 448.0
+# the largest finite number, where 448 / a overflows
+_MOST = torch.finfo(torch.float32).max
+
+
+def bits_of(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32)
+
+
+def over(number: float, x: Tensor) -> Tensor:
+    """number / x, rounded once: torch computes `number / x` as number * (1 / x)."""
+    return torch.full_like(x, number) / x
+
+
+def divided(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded once: torch on CUDA computes `x / number` as x * (1 / number)."""
+    return x / torch.full_like(x, number)
+
+
+def e4m3(x: Tensor) -> Tensor:
+    """The codes nearest to float32 x, ties to even, saturating; 0x7F where x is NaN."""
+    bits = bits_of(x)
+    magnitude = bits & 0x7FFFFFFF
+    a = magnitude.clamp(max=0x43E00000)  # 448
+    normal = ((a + 0x7FFFF + ((a >> 20) & 1)) >> 20) - 960
+    # the adder of 2^14, whose last place is 2^-9, rounds what is below 2^-6
+    subnormal = bits_of(a.view(torch.float32) + 16384.0) - 0x46800000
+    code = torch.where(a < 0x3C800000, subnormal, normal) | ((bits >> 24) & 0x80)
+    return torch.where(magnitude > 0x7F800000, 0x7F, code).to(torch.uint8)
+
+
+def block_amax(w: Tensor, high: int, wide: int) -> Tensor:
+    """max |w| of each block of a (N, K) float32 matrix; 0 for a block of nothing."""
+    rows, columns = w.shape
+    high, wide = high or max(1, rows), wide or max(1, columns)
+    grid = (-(-rows // high), -(-columns // wide))
+    padded = bits_of(w).new_zeros((grid[0] * high, grid[1] * wide))
+    padded[:rows, :columns] = bits_of(w) & 0x7FFFFFFF
+    tiles = padded.view(grid[0], high, grid[1], wide).transpose(1, 2).reshape(*grid, high * wide)
+    return tiles.amax(-1).view(torch.float32)
+
+
+def spread(blocks: Tensor, w: Tensor, high: int, wide: int) -> Tensor:
+    """A number of each block at each of its elements."""
+    rows, columns = w.shape
+    blocks = blocks.repeat_interleave(high or max(1, rows), 0)[:rows]
+    return blocks.repeat_interleave(wide or max(1, columns), 1)[:, :columns]
+
+
+def rounded_up(s: Tensor) -> Tensor:
+    """The power of two at or above a float32, from 2^-126 to 2^127."""
+    bits = bits_of(s)
+    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).int()
+    return torch.where(s.isnan(), s, (exponent.clamp(1, 254) << 23).view(torch.float32))
+
+
+def rceil(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The UE8M0 byte of blocks, and the factor 2^(127 - byte) of their elements."""
+    ratio = a * (1.0 / 448.0)
+    bits = bits_of(ratio)
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    up = torch.where(exponent == 0, mantissa > 0x400000, mantissa != 0)
+    byte = (exponent + up.int()).clamp(max=254)
+    factor = torch.where(byte == 254, 0x00400000, (254 - byte) << 23).view(torch.float32)
+    nan = ratio.isnan()
+    return torch.where(nan, 255, byte).to(torch.uint8), torch.where(nan, float("nan"), factor)
+
+
+def forward(
+    w: Tensor,
+    amax: Tensor | None,
+    high: int,
+    wide: int,
+    order: int,
+    amax_floor: float,
+    scale_floor: float,
+    zero_scale: float,
+    power_of_two: bool,
+) -> tuple[Tensor, Tensor]:
+    """Codes (N, K) uint8; scales of the grid of blocks, float32, of RCEIL uint8.
+
+    high and wide are those of a block, 0 for all there are; amax, where given, is () float32 and
+    stands for that of the one block there is.
+    """
+    w = w.float()
+    a = block_amax(w, high, wide)
+    if amax is not None:
+        a = amax.view(1, 1).expand(a.shape)
+    if order == RCEIL:
+        scale, factor = rceil(a)
+        return e4m3(w * spread(factor, w, high, wide)), scale
+    if order == ENCODE:
+        e = over(LARGEST, a).clamp(max=_MOST)
+        e = torch.where((a > 0) & (a < float("inf")), e, 1.0)
+        if power_of_two:
+            e = (bits_of(e) & 0x7F800000).view(torch.float32)
+        return e4m3(w * spread(e, w, high, wide)), over(1.0, e)
+    # a NaN is in neither comparison: it reaches the scale
+    a = torch.where(a < amax_floor, amax_floor, a)
+    scale = divided(a, LARGEST)
+    scale = torch.where(scale < scale_floor, scale_floor, scale)
+    scale = torch.where(scale == 0, zero_scale, scale)
+    if power_of_two:
+        scale = rounded_up(scale)
+    if order == DIVIDE:
+        return e4m3(w / spread(scale, w, high, wide)), scale
+    return e4m3(w * spread(over(1.0, scale), w, high, wide)), scale

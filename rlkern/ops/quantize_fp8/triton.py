@@ -1,0 +1,200 @@
+"""Triton kernel of `quantize_fp8`: a program a tile, read for its largest magnitudes, then encoded.
+
+No atomics; a whole tensor's largest magnitude is found by a launch of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlkern.ops._triton_quant import (
+    INFINITY_BITS,
+    MAGNITUDE,
+    MOST_FLOAT,
+    bits_of,
+    e4m3,
+    float_of,
+    tensor_amax,
+)
+
+# In the order of reference.py.
+DIVIDE = tl.constexpr(0)
+ENCODE = tl.constexpr(2)
+RCEIL = tl.constexpr(3)
+# Elements of a program where blocks do not say how many.
+ROW_BLOCK, FLAT_BLOCK = 2048, 4096
+
+
+@triton.jit
+def _scale(a, amax_floor, scale_floor, zero_scale, ORDER: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """(as stored, the factor or divisor of elements) of largest magnitudes a."""
+    if ORDER == RCEIL:
+        bits = bits_of(a * (1.0 / 448.0))
+        exponent = bits >> 23
+        mantissa = bits & 0x7FFFFF
+        up = tl.where(exponent == 0, mantissa > 0x400000, mantissa != 0)
+        byte = tl.minimum(exponent + up.to(tl.int32), 254)
+        factor = float_of(tl.where(byte == 254, 0x00400000, (254 - byte) << 23))
+        nan = bits > INFINITY_BITS
+        return tl.where(nan, 255, byte).to(tl.float32), tl.where(nan, float("nan"), factor)
+    if ORDER == ENCODE:
+        usable = (a > 0) & (bits_of(a) < INFINITY_BITS)
+        e = tl.div_rn(448.0, tl.where(usable, a, 1.0))
+        e = tl.where(usable, tl.where(e < MOST_FLOAT, e, MOST_FLOAT), 1.0)
+        if POWER_OF_TWO:
+            e = float_of(bits_of(e) & INFINITY_BITS)
+        return tl.div_rn(1.0, e), e
+    a = tl.where(a < amax_floor, amax_floor, a)
+    scale = tl.div_rn(a, 448.0)
+    scale = tl.where(scale < scale_floor, scale_floor, scale)
+    scale = tl.where(scale == 0, zero_scale, scale)
+    if POWER_OF_TWO:
+        bits = bits_of(scale)
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+        rounded = float_of(tl.minimum(tl.maximum(exponent, 1), 254) << 23)
+        scale = tl.where(bits > INFINITY_BITS, scale, rounded)
+    if ORDER == DIVIDE:
+        return scale, scale
+    return scale, tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def _codes(x, factor, ORDER: tl.constexpr):
+    return e4m3(tl.div_rn(x, factor) if ORDER == DIVIDE else x * factor).to(tl.uint8)
+
+
+@triton.jit
+def _block_kernel(
+    w,
+    codes,
+    scales,
+    rows,
+    columns,
+    across,
+    amax_floor,
+    scale_floor,
+    zero_scale,
+    ORDER: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    TILE: tl.constexpr,
+    HIGH: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Blocks HIGH (TILE) or 1 x WIDE: a program has HIGH rows of one column of blocks."""
+    row = tl.program_id(0).to(tl.int64) * HIGH + tl.arange(0, HIGH)
+    block = tl.program_id(1)
+    column = block * WIDE + tl.arange(0, WIDE)
+    live = (row < rows)[:, None] & (column < columns)[None, :]
+    at = row[:, None] * columns + column[None, :]
+    x = tl.load(w + at, mask=live, other=0.0).to(tl.float32)
+    most = tl.max(bits_of(x) & MAGNITUDE, 1)
+    a = float_of(tl.max(most, 0)) if TILE else float_of(most)
+    scale, factor = _scale(a, amax_floor, scale_floor, zero_scale, ORDER, POWER_OF_TWO)
+    scale = scale.to(scales.dtype.element_ty)
+    if TILE:
+        tl.store(scales + tl.program_id(0) * across + block, scale)
+        tl.store(codes + at, _codes(x, factor, ORDER), mask=live)
+    else:
+        tl.store(scales + row * across + block, scale, mask=row < rows)
+        tl.store(codes + at, _codes(x, factor[:, None], ORDER), mask=live)
+
+
+@triton.jit
+def _row_kernel(
+    w,
+    codes,
+    scales,
+    columns,
+    amax_floor,
+    scale_floor,
+    zero_scale,
+    ORDER: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    top = tl.zeros((BLOCK,), tl.int32)
+    for base in range(0, columns, BLOCK):
+        column = base + tl.arange(0, BLOCK)
+        x = tl.load(w + row * columns + column, mask=column < columns, other=0.0).to(tl.float32)
+        top = tl.maximum(top, bits_of(x) & MAGNITUDE)
+    a = float_of(tl.max(top, 0))
+    scale, factor = _scale(a, amax_floor, scale_floor, zero_scale, ORDER, POWER_OF_TWO)
+    tl.store(scales + row, scale)
+    for base in range(0, columns, BLOCK):
+        column = base + tl.arange(0, BLOCK)
+        at = row * columns + column
+        x = tl.load(w + at, mask=column < columns, other=0.0).to(tl.float32)
+        tl.store(codes + at, _codes(x, factor, ORDER), mask=column < columns)
+
+
+@triton.jit
+def _tensor_kernel(
+    w,
+    amax,
+    codes,
+    scales,
+    count,
+    amax_floor,
+    scale_floor,
+    zero_scale,
+    ORDER: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    scale, factor = _scale(tl.load(amax), amax_floor, scale_floor, zero_scale, ORDER, POWER_OF_TWO)
+    if tl.program_id(0) == 0:
+        tl.store(scales, scale)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(w + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(codes + at, _codes(x, factor, ORDER), mask=at < count)
+
+
+def forward(
+    w: Tensor,
+    amax: Tensor | None,
+    high: int,
+    wide: int,
+    order: int,
+    amax_floor: float,
+    scale_floor: float,
+    zero_scale: float,
+    power_of_two: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, columns = w.shape
+    codes = w.new_empty((rows, columns), dtype=torch.uint8)
+    down = triton.cdiv(rows, high) if high else min(rows, 1)
+    across = triton.cdiv(columns, wide) if wide else min(columns, 1)
+    kind = torch.uint8 if order == RCEIL.value else torch.float32
+    scales = w.new_empty((down, across), dtype=kind)
+    if w.numel() == 0:
+        return codes, scales
+    rule = (amax_floor, scale_floor, zero_scale)
+    how = {"ORDER": order, "POWER_OF_TWO": bool(power_of_two)}
+    if high == 0 and wide == 0:
+        amax = tensor_amax(w) if amax is None else amax
+        grid = (triton.cdiv(w.numel(), FLAT_BLOCK),)
+        _tensor_kernel[grid](
+            w, amax, codes, scales, w.numel(), *rule, **how, BLOCK=FLAT_BLOCK, num_warps=8
+        )
+    elif wide == 0:
+        _row_kernel[(rows,)](w, codes, scales, columns, *rule, **how, BLOCK=ROW_BLOCK, num_warps=4)
+    else:
+        tile = high > 1
+        tall = high if tile else 16
+        _block_kernel[(triton.cdiv(rows, tall), across)](
+            w,
+            codes,
+            scales,
+            rows,
+            columns,
+            across,
+            *rule,
+            **how,
+            TILE=tile,
+            HIGH=tall,
+            WIDE=wide,
+            num_warps=16 if tile else 4,
+        )
+    return codes, scales

@@ -1,0 +1,85 @@
+"""NVFP4 codes of a matrix: four bits an element, a scale of eight for sixteen of them."""
+
+import torch
+from torch import Tensor
+
+from rlkern import _check
+from rlkern.ops import _quantized
+from rlkern.ops._quantized import QuantizedTensor
+from rlkern.ops.quantize_nvfp4 import op as op
+from rlkern.ops.quantize_nvfp4.reference import RECIPES, RULES
+
+_OP = "quantize_nvfp4"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKS = ("1x16", "16x16")
+LAYOUTS = ("linear", "swizzle_128x4")
+
+
+def quantize_nvfp4(
+    w: Tensor,
+    recipe: str = "te",
+    *,
+    block: str = "1x16",
+    four_over_six: bool | str = False,
+    amax: Tensor | None = None,
+    layout: str = "linear",
+) -> QuantizedTensor:
+    """E2M1 codes, E4M3 block scales and a global scale: w is about code * scale * global_scale.
+
+    With A = max |w|, b = max |w| of a block, S = 2688 / A and s = float(scale)::
+
+                           scale = E4M3 of    code = E2M1 of     global_scale
+        te                 b (S (1/6))        w (1 / (s (1/S)))  A / 2688
+        vllm               S (b (1/6))        w (1 / (s (1/S)))  1 / S
+        compressed_tensors S (b / 6)          w / (s / S)        1 / S
+        torchao            (b / 6) / g        w ((1/g) / s)      g = A / 2688
+        modelopt           b / (6 g)          w / (s g)          g = A / 2688
+
+    The orders differ in the last bit, which moves up to 0.9 % of scales and 0.2 % of codes by one
+    step: take the recipe of the engine or trainer that holds the other copy.
+
+    Args:
+        w: (N, K) float32, bfloat16 or float16, K a multiple of 16; the arithmetic is float32.
+        recipe: one of the table's; zero, underflowing, NaN and infinite blocks follow it too, see
+            docs/ops/quantize_nvfp4.md.
+        block: "1x16", or "16x16" with one scale for sixteen rows of sixteen, stored sixteen times.
+        four_over_six: encode each block twice, so that its largest element becomes 6 or 4, and keep
+            what is nearer: by the sum of absolute errors ("mae", and True) or of squares ("mse").
+            Recipe "te" with "1x16" alone; S is 1536 / A, and any consumer of NVFP4 reads it.
+        amax: () float32, A over everything that shares a global scale: the shards of a weight, q, k
+            and v, gate and up. By default that of w alone.
+        layout: of the scales, "linear" or "swizzle_128x4" (padding is 0).
+
+    Returns:
+        QuantizedTensor: data (N, K / 2) uint8 with element 2i in the low four bits, scale
+        (N, K / 16) float8_e4m3fn (flat if swizzled), global_scale () float32. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or name that does not fit.
+
+    Elements round to nearest, ties to even; what is out of range saturates at 6; NaN is 7.
+    """
+    _check.tensor(_OP, "w", w)
+    _check.dtype(_OP, "w", w, _DTYPES)
+    _check.ndim(_OP, "w", w, "(N, K)")
+    if w.shape[1] % 16:
+        _check.fail(_OP, "w", "of shape (N, K), K a multiple of 16", tuple(w.shape))
+    _check.one_of(_OP, "recipe", recipe, RECIPES)
+    _check.one_of(_OP, "block", block, BLOCKS)
+    _check.one_of(_OP, "layout", layout, LAYOUTS)
+    rule = "mae" if four_over_six is True else four_over_six or None
+    if rule is not None:
+        _check.one_of(_OP, "four_over_six", rule, RULES[1:])
+        if recipe != "te" or block != "1x16":
+            got = f"recipe {recipe!r}, block {block!r}"
+            _check.fail(_OP, "four_over_six", "with recipe 'te' and block '1x16'", got)
+    if amax is not None:
+        _check.tensor(_OP, "amax", amax)
+        _check.dtype(_OP, "amax", amax, (torch.float32,))
+        _check.shape(_OP, "amax", amax, (), "()")
+        _check.same_device(_OP, "amax", amax, "w", w.device)
+    codes, scales, global_scale = torch.ops.rlkern.quantize_nvfp4(
+        w.detach().contiguous(), amax, RECIPES.index(recipe), block == "16x16", RULES.index(rule)
+    )
+    scale = _quantized.in_layout(scales.view(torch.float8_e4m3fn), layout)
+    return QuantizedTensor(codes, scale, global_scale, "nvfp4", recipe, layout, tuple(w.shape))

@@ -1,0 +1,152 @@
+"""NVFP4 in plain torch, bit by bit and recipe by recipe: the specification.
+
+A is max |w| of the tensor, b that of a block, both by their bits (a NaN counts as larger than all);
+S = 2688 / A, g = A / 2688; s8 = E4M3(scale), s = float(s8). In float32, as bracketed:
+
+                       scale              element            decoded with
+    te                 b (S (1/6))        w / (s (1/S))      g
+    vllm               S (b (1/6))        w / (s (1/S))      1/S
+    compressed_tensors S (b / 6)          w / (s / S)        1/S
+    torchao            (b / 6) / g        w ((1/g) / s)      g
+    modelopt           b / (6 g)          w / (s g)          g
+
+te and vllm multiply by the reciprocal of the divisor that is shown. Special cases are in
+docs/ops/quantize_nvfp4.md.
+
+Four over six: S = 1536 / A, g = A / 1536. A block is encoded as by te with the scale (b / 6) S,
+and with 1.5 times that; the second is taken where the error of ((code s) A) / 1536, summed over the
+block from left to right, is smaller.
+"""
+
+import torch
+from torch import Tensor
+
+from rlkern.ops.quantize_fp8 import reference as fp8
+
+RECIPES = ("te", "vllm", "compressed_tensors", "torchao", "modelopt")
+"""The schema carries a recipe as its index here; csrc and Triton follow the same order."""
+RULES = (None, "mse", "mae")
+"""How four over six adds up errors, by its index in the schema; None: one candidate alone."""
+_MOST = torch.finfo(torch.float32).max
+_SIXTH = 1.0 / 6.0
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def e2m1(x: Tensor) -> Tensor:
+    """The codes nearest to float32 x, ties to even, saturating; 7 where x is NaN."""
+    bits = x.contiguous().view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    a = magnitude.clamp(max=0x40C00000)  # 6
+    # codes stand twice as far apart from 2 and again from 4 on: an adder each for the rounding
+    far = (a >= 0x40000000).int() + (a >= 0x40800000).int()
+    adder = 0x4A800000 + (far << 23)
+    steps = (a.view(torch.float32) + adder.view(torch.float32)).view(torch.int32) - adder
+    sign = torch.where(magnitude > 0x7F800000, 0, (bits >> 28) & 8)
+    return ((steps + 2 * far) | sign).to(torch.uint8)
+
+
+def from_e4m3(codes: Tensor) -> Tensor:
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+def e2m1_values(codes: Tensor) -> Tensor:
+    """(N, K) codes as float32."""
+    return torch.tensor(_E2M1, device=codes.device)[codes.long()]
+
+
+def global_scales(amax: Tensor, recipe: int, largest: float) -> tuple[Tensor, Tensor]:
+    """(S, what decodes) of () float32 max |w|; largest is 6 times the largest block scale."""
+    name = RECIPES[recipe]
+    encode, decode = fp8.over(largest, amax), fp8.divided(amax, largest)
+    if name == "te":
+        encode = torch.where(amax > 0, encode, 1.0).clamp(max=_MOST)
+        return torch.where(encode == 0, 1.0, encode), decode
+    if name in ("vllm", "compressed_tensors"):
+        encode = torch.where(encode.isfinite(), encode, 1.0)
+        return encode, fp8.over(1.0, encode)
+    return encode, decode
+
+
+def block_scales(b: Tensor, encode: Tensor, decode: Tensor, recipe: int) -> tuple[Tensor, Tensor]:
+    """E4M3 codes of the blocks' scales, and the factor, or divisor, of their elements."""
+    name = RECIPES[recipe]
+    if name == "te":
+        codes = fp8.e4m3(b * (encode * _SIXTH))
+        return codes, fp8.over(1.0, from_e4m3(codes) * fp8.over(1.0, encode)).clamp(max=_MOST)
+    if name == "vllm":
+        codes = fp8.e4m3(encode * (b * _SIXTH))
+        step = from_e4m3(codes) * fp8.over(1.0, encode)
+        return codes, torch.where(step == 0, 0.0, fp8.over(1.0, step))
+    if name == "compressed_tensors":
+        codes = fp8.e4m3(encode * fp8.divided(b, 6.0))
+        codes = torch.where(codes == 0, 0x20, codes)  # 0.125
+        return codes, from_e4m3(codes) / encode
+    if name == "torchao":
+        scale = fp8.divided(b, 6.0) / decode
+        codes = fp8.e4m3(torch.where(scale < 2.0**-6, 2.0**-6, scale))
+        return codes, fp8.over(1.0, decode) / from_e4m3(codes)
+    scale = b / (6.0 * decode)
+    scale = torch.where(scale == 0, 1.0, scale)
+    codes = fp8.e4m3(torch.where(scale < 2.0**-9, 2.0**-9, scale))
+    return codes, from_e4m3(codes) * decode
+
+
+def candidate(
+    w: Tensor, raw: Tensor, amax: Tensor, encode: Tensor, rule: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, codes of scales, errors by block) of block scales that are still float32."""
+    scales = fp8.e4m3(raw)
+    s = from_e4m3(scales)
+    codes = e2m1(
+        w * fp8.spread(fp8.over(1.0, s * fp8.over(1.0, encode)).clamp(max=_MOST), w, 1, 16)
+    )
+    off = fp8.divided(e2m1_values(codes) * fp8.spread(s, w, 1, 16) * amax, 1536.0) - w
+    off = (off.abs() if RULES[rule] == "mae" else off * off).view(*raw.shape, 16)
+    error = off[..., 0].clone()
+    for i in range(1, 16):
+        error += off[..., i]
+    return codes, scales, error
+
+
+def four_over_six(
+    w: Tensor, b: Tensor, amax: Tensor, encode: Tensor, rule: int
+) -> tuple[Tensor, Tensor]:
+    raw = fp8.divided(b, 6.0) * encode
+    six, scales6, error6 = candidate(w, raw, amax, encode, rule)
+    four, scales4, error4 = candidate(w, raw * 1.5, amax, encode, rule)
+    better = error4 < error6
+    codes = torch.where(fp8.spread(better, w, 1, 16), four, six)
+    return codes, torch.where(better, scales4, scales6)
+
+
+def forward(
+    w: Tensor, amax: Tensor | None, recipe: int, square: bool, rule: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed codes (N, K / 2) uint8, scales (N, K / 16) as uint8, () float32 that decodes.
+
+    amax, where given, is () float32 and stands for A. square: blocks are 16 x 16, their scales
+    repeated for each row. rule: that of four over six, for te alone.
+    """
+    w = w.float()
+    name = RECIPES[recipe]
+    rows = w.shape[0]
+    magnitude = w.abs()
+    if name == "te":
+        magnitude = torch.where(magnitude.isnan(), 0.0, magnitude)
+    if amax is None:
+        amax = fp8.block_amax(magnitude, 0, 0).view(-1)
+        amax = amax[0] if amax.numel() else w.new_zeros(())
+    amax = amax.view(())
+    encode, decode = global_scales(amax, recipe, 1536.0 if rule else 2688.0)
+    b = fp8.block_amax(magnitude, 16 if square else 1, 16)
+    if square:
+        b = b.repeat_interleave(16, 0)[:rows]
+    if rule:
+        codes, scales = four_over_six(w, b, amax, encode, rule)
+        return codes[:, 0::2] | (codes[:, 1::2] << 4), scales, decode.clone()
+    scales, factor = block_scales(b, encode, decode, recipe)
+    factor = fp8.spread(factor, w, 1, 16)
+    x = w / factor if name in ("compressed_tensors", "modelopt") else w * factor
+    # ModelOpt takes the sign from x < 0: adding 0 makes +0 of -0
+    codes = e2m1(x + 0.0 if name == "modelopt" else x)
+    return codes[:, 0::2] | (codes[:, 1::2] << 4), scales, decode.clone()
