@@ -112,8 +112,8 @@ def test_chunks_and_blocks_of_rows_add_up(device, monkeypatch):
     exact = linear_reference.backward(*to_double(linear_samples.backward_inputs(args, truth)))
     peers = linear_reference.backward(*inputs)
     monkeypatch.setattr(linear, "CHUNK_ELEMENTS", 8 * SPLIT)
-    head, scalars = linear.Head(hidden, weight, bias, False, SPLIT), Scalars(*rest[4:10])
-    chunks = linear._chunks(head, scalars, linear._new_buffer(head, scalars, torch.float32))
+    given, scalars = linear.Head(hidden, weight, bias, False, SPLIT), Scalars(*rest[4:10])
+    chunks = linear._chunks(given, scalars, linear._new_buffer(given, scalars, torch.float32))
     shapes = [chunk.logits.shape for chunk in chunks]
     assert shapes[:4] == [(8, SPLIT), (8, SPLIT), (5, SPLIT), (8, SPLIT)]
     assert shapes[-1] == (5, VOCAB - 2 - 2 * SPLIT)
