@@ -125,7 +125,7 @@ def test_verls_gdpo(weights, core_algos, batch, parity):
         batch,
         config=Config(gdpo_reward_keys=list(columns), gdpo_reward_weights=weights),
         non_tensor_batch={name: column.numpy() for name, column in columns.items()},
-        batch={"prompts": prompts, "attention_mask": torch.cat([prompts + 1, mask], 1)},
+        batch={"prompts": prompts, "attention_mask": torch.cat([prompts + 1, mask], 1).long()},
     )
     options = {} if weights is None else {"reward_weights": weights}
     got = rlkern.group_advantage(

@@ -23,7 +23,7 @@ DIVIDE = tl.constexpr(0)
 ENCODE = tl.constexpr(2)
 RCEIL = tl.constexpr(3)
 # Elements of a program where blocks do not say how many.
-ROW_BLOCK, FLAT_BLOCK = 2048, 4096
+ROW_BLOCK, FLAT_BLOCK, STRIP_ROWS = 2048, 4096, 32
 
 
 @triton.jit
@@ -80,24 +80,38 @@ def _block_kernel(
     TILE: tl.constexpr,
     HIGH: tl.constexpr,
     WIDE: tl.constexpr,
+    STRIP: tl.constexpr,
 ):
-    """Blocks HIGH (TILE) or 1 x WIDE: a program has HIGH rows of one column of blocks."""
-    row = tl.program_id(0).to(tl.int64) * HIGH + tl.arange(0, HIGH)
+    """Blocks HIGH (TILE) or 1 x WIDE: a program has HIGH rows of one column of blocks, STRIP of
+    them at a time. A tile is read twice: all of it would not fit the registers."""
+    first = tl.program_id(0).to(tl.int64) * HIGH
     block = tl.program_id(1)
     column = block * WIDE + tl.arange(0, WIDE)
-    live = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row[:, None] * columns + column[None, :]
-    x = tl.load(w + at, mask=live, other=0.0).to(tl.float32)
-    most = tl.max(bits_of(x) & MAGNITUDE, 1)
-    a = float_of(tl.max(most, 0)) if TILE else float_of(most)
-    scale, factor = _scale(a, amax_floor, scale_floor, zero_scale, ORDER, POWER_OF_TWO)
-    scale = scale.to(scales.dtype.element_ty)
+    most = tl.full((), 0, tl.int32)
     if TILE:
-        tl.store(scales + tl.program_id(0) * across + block, scale)
-        tl.store(codes + at, _codes(x, factor, ORDER), mask=live)
-    else:
-        tl.store(scales + row * across + block, scale, mask=row < rows)
-        tl.store(codes + at, _codes(x, factor[:, None], ORDER), mask=live)
+        for start in range(0, HIGH, STRIP):
+            row = first + start + tl.arange(0, STRIP)
+            live = (row < rows)[:, None] & (column < columns)[None, :]
+            x = tl.load(w + row[:, None] * columns + column[None, :], mask=live, other=0.0)
+            most = tl.maximum(most, tl.max(tl.max(bits_of(x.to(tl.float32)) & MAGNITUDE, 1), 0))
+        scale, factor = _scale(
+            float_of(most), amax_floor, scale_floor, zero_scale, ORDER, POWER_OF_TWO
+        )
+        at = scales + tl.program_id(0) * across + block
+        tl.store(at, scale.to(scales.dtype.element_ty))
+    for start in range(0, HIGH, STRIP):
+        row = first + start + tl.arange(0, STRIP)
+        live = (row < rows)[:, None] & (column < columns)[None, :]
+        at = row[:, None] * columns + column[None, :]
+        x = tl.load(w + at, mask=live, other=0.0).to(tl.float32)
+        if TILE:
+            tl.store(codes + at, _codes(x, factor, ORDER), mask=live)
+        else:
+            a = float_of(tl.max(bits_of(x) & MAGNITUDE, 1))
+            scale, factor = _scale(a, amax_floor, scale_floor, zero_scale, ORDER, POWER_OF_TWO)
+            scale = scale.to(scales.dtype.element_ty)
+            tl.store(scales + row * across + block, scale, mask=row < rows)
+            tl.store(codes + at, _codes(x, factor[:, None], ORDER), mask=live)
 
 
 @triton.jit
@@ -195,6 +209,7 @@ def forward(
             TILE=tile,
             HIGH=tall,
             WIDE=wide,
-            num_warps=16 if tile else 4,
+            STRIP=min(tall, STRIP_ROWS),
+            num_warps=8 if tile else 4,
         )
     return codes, scales
