@@ -97,8 +97,8 @@ def _block_kernel(
         scale, factor = _scale(
             float_of(most), amax_floor, scale_floor, zero_scale, ORDER, POWER_OF_TWO
         )
-        at = scales + tl.program_id(0) * across + block
-        tl.store(at, scale.to(scales.dtype.element_ty))
+        mine = scales + tl.program_id(0) * across + block
+        tl.store(mine, scale.to(scales.dtype.element_ty))
     for start in range(0, HIGH, STRIP):
         row = first + start + tl.arange(0, STRIP)
         live = (row < rows)[:, None] & (column < columns)[None, :]
