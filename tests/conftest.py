@@ -8,7 +8,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import hypothesis
 import pytest
+
+# The same examples in every run; HYPOTHESIS_PROFILE=default looks for new ones.
+if hasattr(hypothesis.settings, "register_profile"):
+    hypothesis.settings.register_profile("reproducible", derandomize=True)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

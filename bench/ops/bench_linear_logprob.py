@@ -45,7 +45,7 @@ VARIANTS = [harness.LIMIT, THREE, "rlkern", "eager", "compile", *PEERS]
 def left_out(case: Case) -> set[str]:
     """What would take longer than all the rest together."""
     if case.shape == HUGE:
-        return {VERL, LIGER} if case.passes == "forward" else {THREE, *PEERS}
+        return {VERL} if case.passes == "forward" else {THREE, *PEERS}
     return {VERL} if case.shape == "cpu-32k" else set()
 
 

@@ -462,9 +462,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   };
   STD_TORCH_CHECK(advantages.numel() == (in.per_token ? num_tokens : num_sequences),
                   "advantages must have one element per sequence or per token");
-  STD_TORCH_CHECK(
-      in.rollout_logprob || !(params.from_rollout || params.corrects() || params.rejects()),
-      "these kinds need rollout_logprob");
+  // not its pointer: that of no tokens is null
+  STD_TORCH_CHECK(rollout_logprob.has_value() ||
+                      !(params.from_rollout || params.corrects() || params.rejects()),
+                  "these kinds need rollout_logprob");
 
   // Without a mask and sums, lengths are known from cu_seqlens.
   const bool own_statistic = params.by_statistic() && !cu_segments.has_value();

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ops import checks
 from torch import Tensor
@@ -933,6 +933,7 @@ def test_compiles_whole(name):
     assert_same_bits("gradient", got, want)
 
 
+@example([], "alp", False, False, False, False, 0.0, 0)  # nothing, with rollout_logprob
 @settings(max_examples=80, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 70), max_size=9),

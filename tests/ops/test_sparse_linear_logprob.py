@@ -727,7 +727,8 @@ def test_any_kept_sets(
     gots = torch.ops.rlkern.sparse_linear_logprob_bwd(*samples.backward_inputs(args, ours))
     for got, want, peer in zip(gots, exact, peers):
         if got.numel():
-            limit = 3 * (peer.double() - want).abs().max() + 1e-4 * want.abs().max().clamp(min=1e-3)
+            # the slope of a soft cap near its end is the difference of two numbers near 1
+            limit = 3 * (peer.double() - want).abs().max() + 1e-4 * want.abs().max().clamp(min=1e-2)
             assert (got.double() - want).abs().max() <= limit
 
 
