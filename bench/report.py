@@ -21,7 +21,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 IMAGES = ROOT / "docs/images"
-BLOCK = re.compile(r"(<!-- bench:begin (\w+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- bench:begin ([\w-]+) -->\n).*?(<!-- bench:end -->)", re.DOTALL)
 OURS, LIMIT = "rlkern", "limit"
 # A plot of wider range than this is logarithmic.
 LINEAR_RANGE = 20
