@@ -1,8 +1,8 @@
 """rlkern: fused kernels for RL post-training of language models."""
 
+from rlkern.ops._dequantize import dequantize
 from rlkern.ops._logprob import LogprobOutput
 from rlkern.ops._quantized import QuantizedTensor
-from rlkern.ops.dequantize import dequantize
 from rlkern.ops.gae import GaeOutput, gae
 from rlkern.ops.group_advantage import group_advantage
 from rlkern.ops.linear_distill_loss import LinearDistillLossOutput, linear_distill_loss

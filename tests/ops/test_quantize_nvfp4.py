@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ops import checks, quant_oracle
 
 import rlkern
-from rlkern.ops.dequantize import unpack_e2m1
+from rlkern.ops._dequantize import unpack_e2m1
 from rlkern.ops.quantize_nvfp4 import reference, samples
 from rlkern.ops.quantize_nvfp4.reference import RECIPES
 from rlkern.testing.numerics import assert_same_bits
