@@ -140,9 +140,10 @@ PYBIND11_MODULE(_C_host, m) {
              return give_work(std::move(work));
            })
       .def("plan",
-           [](Tree& tree, const Ids& ids, int64_t chunk, bool share) {
+           [](Tree& tree, const Ids& ids, const Ids& counts, int64_t chunk, bool share) {
              Plan plan;
-             check(tree.plan(view(ids), chunk, share, &plan), "plan", view(ids), tree);
+             check(tree.plan(view(ids), view(counts), chunk, share, &plan), "plan", view(ids),
+                   tree);
              return py::make_tuple(give(std::move(plan.rows)), give(std::move(plan.items)),
                                    give(std::move(plan.slots)), give(std::move(plan.trees)),
                                    give(std::move(plan.parts)), give(std::move(plan.part_offsets)),

@@ -61,7 +61,7 @@ struct Work {
   std::vector<int64_t> branches;  // one whose path holds the segment
 };
 
-// The work list of a decode step over the branches of a batch; see docs/kv.md.
+// The work list of attention over the last cached tokens of branches; see docs/kv.md.
 struct Plan {
   std::vector<int32_t> rows;      // the batch in the order of the tree
   std::vector<int32_t> items;     // kItemFields numbers each
@@ -131,7 +131,9 @@ class Tree {
                        Work* work);
   // The nodes of these branches that must be computed again, parents first; they count as computed.
   Outcome recompute(std::span<const int64_t> branches, Work* work);
-  Outcome plan(std::span<const int64_t> branches, int64_t chunk, bool share, Plan* plan);
+  // A row of the batch for each of the last counts[i] cached tokens of a branch.
+  Outcome plan(std::span<const int64_t> branches, std::span<const int64_t> counts, int64_t chunk,
+               bool share, Plan* plan);
   Outcome block_table(std::span<const int64_t> branches, BlockTable* table);
   Export export_group(int64_t group) const;
 

@@ -251,12 +251,16 @@ class TreeKVCache:
 
     # Reading.
 
-    def plan(self, branches: Ids, *, share: bool = True) -> TreePlan:
-        """The work list of a decode step, one for all layers.
+    def plan(self, branches: Ids, n: Ids = 1, *, share: bool = True) -> TreePlan:
+        """The work list of attention, one for all layers.
 
+        n: a row of the batch for each of the last n[i] cached tokens of each branch, which reads
+            the path up to that token: what append_slots gave is n = work.cu_seqlens.diff().
         share=False reads every row's whole path for itself, with the same results.
         """
-        *parts, max_rows = self._tree.plan(_ints(branches), self.chunk, share)
+        ids = _ints(branches)
+        counts = _spread("plan", "n", n, len(ids))
+        *parts, max_rows = self._tree.plan(ids, counts, self.chunk, share)
         # one copy to the device
         whole = torch.from_numpy(np.concatenate(parts)).to(self.device)
         rows, items, *rest = whole.split([len(part) for part in parts])
