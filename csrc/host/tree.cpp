@@ -10,8 +10,9 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Outcome fail(Status status, int64_t at) { return {status, at, 0}; }
 
-float logprob_at(std::span<const float> logprob, int64_t i) {
-  return logprob.empty() ? 0.0f : logprob[i];
+Token marked(int32_t id, const Marks& marks, int64_t i, int32_t version) {
+  const auto at = [i](std::span<const float> values) { return values.empty() ? 0.0f : values[i]; };
+  return {id, at(marks.logprob), at(marks.entropy), version};
 }
 
 void erase_value(std::vector<int32_t>& list, int32_t value) {
@@ -305,12 +306,12 @@ std::vector<Token> Tree::tokens_between(const Branch& b, int64_t begin, int64_t 
 // Verbs.
 
 std::vector<int64_t> Tree::create(std::span<const int32_t> tokens, std::span<const int64_t> offsets,
-                                  std::span<const int64_t> groups, std::span<const float> logprob) {
+                                  std::span<const int64_t> groups, const Marks& marks) {
   std::vector<int64_t> ids;
   for (size_t i = 0; i < groups.size(); ++i) {
     Branch& branch = branches_[add_branch(groups[i], -1)];
     for (int64_t t = offsets[i]; t < offsets[i + 1]; ++t)
-      branch.due.push_back({tokens[t], logprob_at(logprob, t), version_});
+      branch.due.push_back(marked(tokens[t], marks, t, version_));
     ids.push_back(branch.id);
   }
   return ids;
@@ -318,7 +319,7 @@ std::vector<int64_t> Tree::create(std::span<const int32_t> tokens, std::span<con
 
 Outcome Tree::fork(std::span<const int64_t> ids, std::span<const int64_t> counts,
                    std::span<const int64_t> at, std::span<const int32_t> forced,
-                   std::span<const float> logprob, std::vector<int64_t>* children) {
+                   const Marks& marks, std::vector<int64_t>* children) {
   std::vector<int32_t> found;
   if (const Outcome outcome = find_live(ids, &found); !outcome) return outcome;
   const bool is_forced = !forced.empty();
@@ -343,7 +344,7 @@ Outcome Tree::fork(std::span<const int64_t> ids, std::span<const int64_t> counts
       const int32_t b = add_branch(branches_[parent].group, parent);
       branches_[b].due = due;
       if (is_forced)
-        branches_[b].due.push_back({forced[child], logprob_at(logprob, child), version_});
+        branches_[b].due.push_back(marked(forced[child], marks, child, version_));
       attach(b, node);
       children->push_back(branches_[b].id);
     }
@@ -469,12 +470,12 @@ Outcome Tree::set_version(int32_t version) {
 }
 
 Outcome Tree::append(std::span<const int64_t> ids, std::span<const int32_t> tokens,
-                     std::span<const int64_t> offsets, std::span<const float> logprob) {
+                     std::span<const int64_t> offsets, const Marks& marks) {
   std::vector<int32_t> found;
   if (const Outcome outcome = find_live(ids, &found); !outcome) return outcome;
   for (size_t i = 0; i < ids.size(); ++i)
     for (int64_t t = offsets[i]; t < offsets[i + 1]; ++t)
-      branches_[found[i]].due.push_back({tokens[t], logprob_at(logprob, t), version_});
+      branches_[found[i]].due.push_back(marked(tokens[t], marks, t, version_));
   return {};
 }
 

@@ -241,7 +241,8 @@ def test_suspend_across_a_weight_update(stale):
     branch = prefilled(cache)
     children = cache.fork(branch, 2)
     feed(cache, children)
-    cache.append(children, [7, 8], logprob=torch.tensor([-1.0, -2.0]))
+    marks = {"logprob": torch.tensor([-1.0, -2.0]), "entropy": torch.tensor([0.5, 0.25])}
+    cache.append(children, [7, 8], **marks)
     cache.suspend(torch.cat([branch, children]))
     assert cache.free_pages == cache.num_pages
     cache.bump_version(5)
@@ -257,7 +258,9 @@ def test_suspend_across_a_weight_update(stale):
     assert [read(cache, c)[-1] for c in children] == [[7, 10], [8, 10]]
     exported = cache.export_tree(0)
     assert exported.versions.tolist() == [0] * len(exported.tokens)
-    assert -2.0 in exported.logprob.tolist()
+    assert -2.0 in exported.logprob.tolist() and 0.25 in exported.entropy.tolist()
+    last = [x[-1].item() for x in cache.history(children[1])]
+    assert last == [8, -2.0, 0.25, 0]
     check(cache)
 
 
