@@ -36,13 +36,18 @@ def attending(how: Attend) -> dict[str, Any]:
     return {"attend": how, "attention_mask": torch.empty(1, 1, 1, 1), "use_cache": False}
 
 
-def install(model: nn.Module) -> None:
-    """Registers the implementation and switches `model` to it."""
+def register() -> None:
+    """Makes the implementation known to transformers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def install(model: nn.Module) -> None:
+    """Switches `model` to it."""
+    register()
     model.set_attn_implementation(NAME)
 
 

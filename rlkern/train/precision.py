@@ -26,7 +26,7 @@ class RolloutPolicy:
 
     def __init__(self, cfg: Config, model: Any, end_tokens: list[int]) -> None:
         self.model, self.sync, sampler = model, None, model
-        how = {"eos_token_ids": end_tokens, "pad_token_id": end_tokens[0]}
+        how = {"eos_token_ids": end_tokens}
         how["max_sequences"] = cfg.rollout.max_sequences
         if cfg.precision != "bf16":
             recipe = RECIPES[cfg.precision]

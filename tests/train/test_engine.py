@@ -39,7 +39,7 @@ def model(request):
 
 
 def engine(model, **options):
-    return NativeEngine(model, eos_token_ids=EOS, pad_token_id=0, **options)
+    return NativeEngine(model, eos_token_ids=EOS, **options)
 
 
 def generate(model, prompts=PROMPTS, seed=0, options=(), **arguments):
@@ -127,7 +127,7 @@ def test_saved_rollouts_load_as_they_were(model, tmp_path):
 
 def test_bad_arguments(model):
     with pytest.raises(ValueError, match="at least one end token"):
-        NativeEngine(model, eos_token_ids=[], pad_token_id=0)
+        NativeEngine(model, eos_token_ids=[])
     for prompts in ([], [[5], []]):
         with pytest.raises(ValueError, match="prompts of at least one token"):
             generate(model, prompts=prompts)
