@@ -27,13 +27,15 @@ class Attend(Protocol):
     ) -> Tensor: ...  # (T, Hq, D)
 
 
-def attending(how: Attend) -> dict[str, Any]:
+def attending(how: Attend, longest: int | None = None) -> dict[str, Any]:
     """Arguments of a model's forward that make every layer attend by `how`.
 
-    The tokens are one row: input_ids and position_ids (1, T).
+    The tokens are one row: input_ids and position_ids (1, T). longest: no path has more tokens, so
+    that layers with a sliding window of as many may see all of it; without it they are refused.
     """
     # A mask of four dimensions is taken as it is: none is made of T x T.
-    return {"attend": how, "attention_mask": torch.empty(1, 1, 1, 1), "use_cache": False}
+    mask = torch.empty(1, 1, 1, 1)
+    return {"attend": how, "longest": longest, "attention_mask": mask, "use_cache": False}
 
 
 def register() -> None:
@@ -63,6 +65,7 @@ def attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     attend: Attend | None = None,
+    longest: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: (B, H, T, D) query, key and value; returns (B, T, Hq, D)."""
@@ -76,8 +79,9 @@ def attention(
         )
     if dropout:
         raise ValueError(f"{NAME}: expected no dropout, got {dropout}")
-    if sliding_window is not None:
-        raise ValueError(f"{NAME}: expected no sliding window, got {sliding_window}")
+    if sliding_window is not None and (longest is None or longest > sliding_window):
+        what = f"{NAME}: expected no path longer than the sliding window of {sliding_window}"
+        raise ValueError(f"{what}, got {longest or 'no `longest`'}")
     if len(query) != 1:
         raise ValueError(f"{NAME}: expected packed tokens as one row, got {len(query)} rows")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -25,7 +25,7 @@ class Decoder:
     """Logits of packed tokens; `positions`: how many there can be."""
 
     def __init__(self, model: PreTrainedModel, positions: int, direct: bool = True) -> None:
-        self.model = model
+        self.model, self.positions = model, positions
         self.direct = direct and is_direct(model)
         if self.direct:
             base = model.base_model
@@ -46,7 +46,7 @@ class Decoder:
             position_ids=positions[None].long(),
             logits_to_keep=rows,
             output_hidden_states=hidden,
-            **hf.attending(attend),
+            **hf.attending(attend, self.positions),
         )
         return out.logits[0], out.hidden_states[-1][0, rows] if hidden else None
 

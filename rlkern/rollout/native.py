@@ -109,8 +109,8 @@ class NativeEngine:
         config = self.model.config.get_text_config()
         need = max(map(len, prompts)) + max_new_tokens
         limit = getattr(config, "max_position_embeddings", None)
-        window = getattr(config, "sliding_window", None)
-        if "sliding_attention" in getattr(config, "layer_types", None) or ():
+        window, kinds = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
+        if window is not None and (kinds is None or "sliding_attention" in kinds):
             limit = min(limit, window)
         if limit is not None and need > limit:
             raise ValueError(
