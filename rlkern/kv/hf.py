@@ -1,114 +1,93 @@
-"""Hugging Face models with `attn_implementation="rlkern"`: packed tokens that attend along a tree.
+"""`attn_implementation="rlkern"`: attention of Hugging Face models over packed tokens and trees.
 
-    hf.install()                                       # before the model is made; once is enough
-    model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="rlkern")
-    with hf.training(pack.subtree_end, pack.cu_seqlens):
-        hidden = model.base_model(input_ids=pack.ids[None], position_ids=pack.positions[None])
-        ...
-        loss.backward()                                # inside too where layers are recomputed
-
-One function is registered. It hands packed queries, keys and values to the `Attention` in force,
-which `using` sets; without one the model attends as with "sdpa", so that the same model also runs
-on padded batches.
+A call `model(input_ids, position_ids=..., **attending(how))` carries `how` down to every layer's
+attention, also where a layer is computed again in the backward pass (gradient checkpointing). Calls
+without it are computed by SDPA, with the masks that Hugging Face makes.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from rlkern.ops.shared_prefix_attention import shared_prefix_attention
 
 NAME = "rlkern"
 
 
-class Attention(Protocol):
-    """What the layers of a model call while it is in force."""
+class Attend(Protocol):
+    """Attention of one layer over the packed tokens of a call."""
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
-    ) -> Tensor:
-        """q (T, Hq, D), k and v (T, Hkv, D) of packed tokens, positions applied -> (T, Hq, D)."""
-
-
-# Of the process, not of the context: autograd recomputes checkpointed layers in its own threads.
-_in_force: list[Attention] = []
-
-
-@contextmanager
-def using(attention: Attention) -> Iterator[None]:
-    """Models with this implementation attend with it; the innermost one counts."""
-    _in_force.append(attention)
-    try:
-        yield
-    finally:
-        _in_force.pop()
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,  # (T, Hq, D), rotated
+        key: Tensor,  # (T, Hkv, D), rotated
+        value: Tensor,  # (T, Hkv, D)
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor: ...  # (T, Hq, D)
 
 
-class Training(NamedTuple):
-    """Attention over whole packs, with gradients: see `shared_prefix_attention`."""
+def attending(how: Attend) -> dict[str, Any]:
+    """Arguments of a model's forward that make every layer attend by `how`.
 
-    subtree_end: Tensor | None
-    cu_seqlens: Tensor | None
+    The tokens are one row: input_ids and position_ids (1, T).
+    """
+    # A mask of four dimensions is taken as it is: none is made of T x T.
+    return {"attend": how, "attention_mask": torch.empty(1, 1, 1, 1), "use_cache": False}
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
-    ) -> Tensor:
+
+def along_tree(subtree_end: Tensor | None, cu_seqlens: Tensor | None = None) -> Attend:
+    """Attention with gradients over whole packs, as `tree_pack` lays them out."""
+
+    def attend(layer, query, key, value, scale, softcap):
         return shared_prefix_attention(
-            q, k, v, self.subtree_end, cu_seqlens=self.cu_seqlens, scale=scale, softcap=softcap
+            query, key, value, subtree_end, cu_seqlens=cu_seqlens, scale=scale, softcap=softcap
         )
 
-
-def training(subtree_end: Tensor | None, cu_seqlens: Tensor | None = None) -> Any:
-    """A context in which models attend along the tree of `subtree_end`, in packs of cu_seqlens."""
-    return using(Training(subtree_end, cu_seqlens))
+    return attend
 
 
-def install() -> None:
-    """Registers "rlkern" with transformers; again is no different from once."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+def install(model: nn.Module) -> None:
+    """Registers the implementation and switches `model` to it."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
 
 
-def _attention(
-    module: Any,
+def attention(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
+    *,
     scaling: float | None = None,
+    dropout: float = 0.0,
     softcap: float | None = None,
+    sliding_window: int | None = None,
+    attend: Attend | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' signature: query (1, Hq, T, D) -> (1, T, Hq, D)."""
-    if not _in_force:
+    """As transformers calls it: (B, H, T, D) query, key and value; returns (B, T, Hq, D)."""
+    if attend is None:
+        if softcap is not None:
+            raise ValueError(f"{NAME}: a soft cap needs attend=..., which this call lacks")
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for what, asked in (
-        ("dropout", dropout > 0),
-        ("a sliding window", kwargs.get("sliding_window") is not None),
-        ("attention sinks", kwargs.get("s_aux") is not None),
-        ("attention that is not causal", not getattr(module, "is_causal", True)),
-        ("a batch that is not packed into one row", query.shape[0] != 1),
-    ):
-        if asked:
-            raise ValueError(f'attn_implementation="{NAME}" does not support {what}')
+    if dropout:
+        raise ValueError(f"{NAME}: expected no dropout, got {dropout}")
+    if sliding_window is not None:
+        raise ValueError(f"{NAME}: expected no sliding window, got {sliding_window}")
+    if len(query) != 1:
+        raise ValueError(f"{NAME}: expected packed tokens as one row, got {len(query)} rows")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return _in_force[-1].attend(module.layer_idx, q, k, v, scale, softcap)[None], None
-
-
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """None while an `Attention` is in force: it knows by itself who sees whom."""
-    if _in_force:
-        return None
-    from transformers.masking_utils import sdpa_mask
-
-    return sdpa_mask(*args, **kwargs)
+    return attend(module.layer_idx, q, k, v, scale, softcap)[None], None
