@@ -125,6 +125,7 @@ class Optim(Section):
     updates: Positive = 2  # minibatches per rollout batch and epoch
     epochs: Positive = 1
     micro_batch: Count = 0  # sequences per forward; 0: the whole minibatch
+    share_prefix: bool = False  # compute a prompt once for its group; minibatches are whole groups
     beta1: Share = 0.9
     beta2: Share = 0.95
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -181,7 +182,24 @@ class Config(Section):
                 f"optim.updates = {self.optim.updates} is more than the {sequences} sequences of a "
                 "step (rollout.prompts * rollout.group_size)"
             )
+        if self.optim.share_prefix:
+            self._can_share()
         return self
+
+    def _can_share(self) -> None:
+        for key, bad, reason in (
+            ("precision", self.precision == "fp8-unified", "it computes a sequence as the sampler"),
+            ("model.attention", self.model.attention != "sdpa", "packed trees have their own"),
+            (
+                "optim.updates",
+                self.optim.updates > self.rollout.prompts,
+                f"minibatches are whole groups, and there are {self.rollout.prompts}",
+            ),
+        ):
+            if bad:
+                section, _, field = key.rpartition(".")
+                value = getattr(getattr(self, section) if section else self, field)
+                raise ValueError(f"optim.share_prefix does not go with {key} = {value}: {reason}")
 
     def objective(self) -> rlkern.PolicyObjective:
         """With weights for the mismatch where the engine samples from another policy."""

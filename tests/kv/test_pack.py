@@ -1,6 +1,7 @@
 """tree_pack and group_pack spell the sequences; a loss through them is that of the copies."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def grown(seed, steps=25):
 def check(pack, sequences, prompts):
     """Against lists of (tree, tokens), in the order of the sequences."""
     count = len(pack.ids)
-    assert pack.cu_seqlens.tolist()[-1] == count and pack.cu_seqlens.dtype == torch.int32
+    assert pack.cu_seqlens.tolist()[-1] == count
+    assert pack.cu_seqlens.dtype == torch.int32
     ids, ends = pack.ids.tolist(), pack.subtree_end.tolist()
     # whom a row sees, and so what it was told
     paths = [[j for j in range(i + 1) if i < ends[j]] for i in range(count)]
@@ -160,7 +162,7 @@ def copies(pack, logprob, old, advantages, objective):
     """Each sequence with its own tensors, as if nothing had been shared."""
     mine, before, grads = [], [], torch.zeros_like(logprob)
     bounds = pack.path_cu_seqlens.tolist()
-    rows = [pack.paths[a:b] for a, b in zip(bounds, bounds[1:])]
+    rows = [pack.paths[a:b] for a, b in pairwise(bounds)]
     for own in rows:
         mine.append(logprob.detach()[own].requires_grad_())
         before.append(old[own])

@@ -46,7 +46,7 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
     yield "a group", case([GROUP], 4, 2, 64)
     yield "a chain", case([CHAIN], 2, 2, 32)
     yield "deep, and others", case([DEEP, CHAIN, (1, []), GROUP], 4, 1, 16)
-    yield "odd", case([(19, [(3, []), (8, [])])], 7, 1, 33)
+    yield "odd", case([(19, [(3, []), (8, [])])], 3, 1, 33)
     yield "wide", case([(24, [(9, [])])], 2, 1, 256)
     yield "soft cap", case([(24, [(9, []), (2, [])])], 4, 2, 32, softcap=2.5)
     yield "peaked", case([(50, [(9, []), (2, [])])], 4, 2, 64, size=30.0)
@@ -56,8 +56,8 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
     yield "a row without keys", case([(21, [])], 2, 1, 16, ends=blind)
     yield "no rows", case([], 2, 1, 16)
     yield "an empty pack", case([(0, []), (7, []), (0, [])], 2, 1, 16)
-    yield "long", case([(200, [(70, []), (33, [])])], 4, 2, 80)
-    yield "long chains", case([(170, []), (130, [])], 2, 1, 128)
+    yield "long", case([(140, [(40, []), (23, [])])], 2, 1, 80)
+    yield "long chains", case([(150, []), (70, [])], 1, 1, 128)
 
 
 def backward_inputs(args: tuple, outputs: tuple) -> tuple:

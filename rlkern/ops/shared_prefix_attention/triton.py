@@ -314,20 +314,22 @@ def _tiles(subtree_end: Tensor, cu_seqlens: Tensor, block: int) -> _Tiles:
     return _Tiles(cu_seqlens, offsets, of_tile, nearest, furthest)
 
 
-def _shape(q: Tensor, k: Tensor, softcap: float) -> tuple[int, dict]:
-    """The edge of a tile, and what all kernels are compiled for."""
-    block_d = max(16, triton.next_power_of_2(q.shape[2]))
-    block = 64 if block_d * q.element_size() <= 256 else 32
+def _constants(q: Tensor, k: Tensor, softcap: float) -> dict:
+    """What all kernels are compiled for."""
+    width = q.shape[2]
+    block_d = max(16, triton.next_power_of_2(width))
+    # rows that are not aligned take an address register for each element, a soft cap two values
+    small = block_d * q.element_size() > 256 or width % 16 or softcap > 0
     constants = {
         "GROUP": q.shape[1] // k.shape[1],
-        "WIDTH": q.shape[2],
+        "WIDTH": width,
         "HAS_CAP": softcap > 0,
-        "BLOCK": block,
+        "BLOCK": 32 if small else 64,
         "BLOCK_D": block_d,
-        "num_warps": 8 if block_d >= 64 else 4,
-        "num_stages": 2,
+        "num_warps": 4 if small and block_d <= 128 else 8,
+        "num_stages": 1 if block_d > 128 else 2,
     }
-    return block, constants
+    return constants
 
 
 def forward(
@@ -343,8 +345,8 @@ def forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty((tokens, heads), dtype=torch.float32)
     if tokens and q.numel():
-        block, constants = _shape(q, k, softcap)
-        tiles = _tiles(subtree_end, cu_seqlens, block)
+        constants = _constants(q, k, softcap)
+        tiles = _tiles(subtree_end, cu_seqlens, constants["BLOCK"])
         _forward_kernel[(tiles.packs.shape[0], heads)](
             q,
             k,
@@ -358,7 +360,7 @@ def forward(
             k.shape[1],
             scale,
             softcap,
-            **constants,
+            **constants | {"num_warps": 4 if constants["BLOCK"] == 32 else 8},
         )
     return out, lse
 
@@ -380,8 +382,8 @@ def backward(
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     if not q.numel():
         return grad_q, grad_k, grad_v
-    block, constants = _shape(q, k, softcap)
-    tiles = _tiles(subtree_end, cu_seqlens, block)
+    constants = _constants(q, k, softcap)
+    tiles = _tiles(subtree_end, cu_seqlens, constants["BLOCK"])
     delta = torch.empty_like(lse)
     _delta_kernel[(triton.cdiv(tokens * heads, 32),)](
         grad_out,
