@@ -17,6 +17,7 @@ from rlkern.ops.quantize_fp8 import quantize_fp8
 from rlkern.ops.quantize_nvfp4 import quantize_nvfp4
 from rlkern.ops.quantized_linear import quantized_linear
 from rlkern.ops.segment_reduce import segment_reduce
+from rlkern.ops.shared_prefix_attention import shared_prefix_attention
 from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
 from rlkern.ops.tree_attention import TreePlan, tree_attention
 from rlkern.ops.value_loss import ValueLossOutput, value_loss
@@ -51,6 +52,7 @@ __all__ = [
     "quantized_linear",
     "segment_reduce",
     "self_reward_loss",
+    "shared_prefix_attention",
     "sparse_linear_logprob",
     "tree_attention",
     "value_loss",

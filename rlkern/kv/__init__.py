@@ -5,5 +5,17 @@
 
 from rlkern.kv._errors import OutOfPages, StaleTokens
 from rlkern.kv.cache import BlockTable, TreeExport, TreeKVCache, Work
+from rlkern.kv.pack import TreePack, group_pack, tree_advantages, tree_pack
 
-__all__ = ["BlockTable", "OutOfPages", "StaleTokens", "TreeExport", "TreeKVCache", "Work"]
+__all__ = [
+    "BlockTable",
+    "OutOfPages",
+    "StaleTokens",
+    "TreeExport",
+    "TreeKVCache",
+    "TreePack",
+    "Work",
+    "group_pack",
+    "tree_advantages",
+    "tree_pack",
+]

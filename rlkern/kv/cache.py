@@ -125,7 +125,7 @@ class TreeKVCache:
         self._tree = _host.load().Tree(num_pages, page_size, _STALE.index(stale))
         self.page_size, self.stale = page_size, stale
         self.device = torch.device(device)
-        self.chunk = chunk if chunk is not None else 64 if self.device.type == "cpu" else 256
+        self.chunk = default_chunk(self.device) if chunk is None else chunk
         _check.positive("TreeKVCache", "chunk", self.chunk)
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
@@ -335,6 +335,11 @@ class TreeKVCache:
         slots, positions, tokens, offsets, branches = arrays
         whole = torch.from_numpy(np.stack([slots, positions, tokens])).to(self.device)
         return Work(*whole.unbind(), _give(offsets), _give(branches))
+
+
+def default_chunk(device: torch.device) -> int:
+    """Tokens of an item of a plan."""
+    return 64 if device.type == "cpu" else 256
 
 
 def _give(array: np.ndarray) -> Tensor:

@@ -9,6 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rlkern.kv.pack import TreePack, plan_of
+from rlkern.ops.shared_prefix_attention import shared_prefix_attention
+from rlkern.ops.tree_attention import tree_attention
 
 NAME = "rlkern"
 
@@ -38,6 +43,59 @@ def attending(how: Attend, longest: int | None = None) -> dict[str, Any]:
     return {"attend": how, "longest": longest, "attention_mask": mask, "use_cache": False}
 
 
+def along_tree(subtree_end: Tensor | None, cu_seqlens: Tensor | None = None) -> Attend:
+    """Attention with gradients over whole packs, as `tree_pack` lays them out."""
+
+    def attend(layer, query, key, value, scale, softcap):
+        return shared_prefix_attention(
+            query, key, value, subtree_end, cu_seqlens=cu_seqlens, scale=scale, softcap=softcap
+        )
+
+    return attend
+
+
+def as_decoded(pack: TreePack) -> Attend:
+    """The same with the bits of decoding: each row adds up its path in the chunks of a cache.
+
+    Along the tree the keys of one row are cut where its pack is, which is not where a cache of its
+    path alone would be cut; `tree_attention` cuts every path alike. The backward is that of
+    `shared_prefix_attention`.
+    """
+    plan = plan_of(pack)
+
+    def attend(layer, query, key, value, scale, softcap):
+        tree = pack.subtree_end, pack.cu_seqlens
+        return AsDecoded.apply(query, key, value, plan, *tree, scale, softcap or 0.0)
+
+    return attend
+
+
+class AsDecoded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, plan, subtree_end, cu_seqlens, scale, softcap):
+        q, k, v = (x.contiguous() for x in (query, key, value))
+        out, lse = tree_attention(
+            q, k[:, None], v[:, None], plan, scale=scale, softcap=softcap or None
+        )
+        ctx.save_for_backward(q, k, v, out, lse, subtree_end, cu_seqlens)
+        ctx.scalars = scale, softcap
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, lse, *tree = ctx.saved_tensors
+        run = torch.ops.rlkern.shared_prefix_attention_bwd
+        grads = run(grad.contiguous(), None, q, k, v, out, lse, *tree, *ctx.scalars)
+        return *grads, *(None,) * 5
+
+
+def install(model: nn.Module) -> None:
+    """Switches `model` to it."""
+    register()
+    model.set_attn_implementation(NAME)
+
+
 def register() -> None:
     """Makes the implementation known to transformers."""
     from transformers import AttentionInterface
@@ -45,12 +103,6 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-def install(model: nn.Module) -> None:
-    """Switches `model` to it."""
-    register()
-    model.set_attn_implementation(NAME)
 
 
 def attention(

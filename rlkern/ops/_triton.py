@@ -53,6 +53,14 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def multiply(a, b, acc):
+    """acc + a b, in float32; the interpreter multiplies bit patterns of 16-bit operands."""
+    if TRUNCATES:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
 def clamped(d):
     """No lower than exp reaches; a where, not a maximum, so that a NaN reaches the result."""
     return tl.where(d < UNDERFLOW, UNDERFLOW, d)

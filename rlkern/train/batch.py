@@ -1,9 +1,11 @@
 """From token lists to log-probs of the response tokens.
 
-s sequences of a (micro-)batch, L their longest input, t response tokens.
+s sequences of a (micro-)batch, T their response tokens, t those that are computed: a token that
+sequences share is computed once.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,26 +13,57 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 import rlkern
+from rlkern import kv
+from rlkern.kv import hf
+from rlkern.rollout import Rollouts
 from rlkern.train.model import logit_options
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    inputs: Tensor  # int64 [s, L], padded on the right: causal attention never looks there
-    rows: Tensor  # int64 [t], where in the flattened inputs the next token is a response token
+    inputs: dict[str, Any]  # arguments of the model's forward
+    rows: Tensor  # int64 [t], where in its flattened hidden states the next token is a target
     targets: Tensor  # int64 [t]
     cu_seqlens: Tensor  # int64 [s + 1]
+    paths: Tensor | None = None  # int64 [T], targets of the sequences, which may share them
 
 
 def collate(prompts: list[Tensor], responses: list[Tensor]) -> TokenBatch:
+    """A row each, padded on the right: causal attention never looks there."""
     pairs = [torch.cat([p, r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
-    inputs = pad_sequence(pairs, batch_first=True)
-    lengths = torch.tensor([len(r) for r in responses], device=inputs.device)
-    first = torch.tensor([len(p) for p in prompts], device=inputs.device) - 1
-    column = torch.arange(inputs.shape[1], device=inputs.device)
+    tokens = pad_sequence(pairs, batch_first=True)
+    lengths = torch.tensor([len(r) for r in responses], device=tokens.device)
+    first = torch.tensor([len(p) for p in prompts], device=tokens.device) - 1
+    column = torch.arange(tokens.shape[1], device=tokens.device)
     is_row = (column >= first[:, None]) & (column < (first + lengths)[:, None])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    inputs = {"input_ids": tokens, "use_cache": False}
     return TokenBatch(inputs, is_row.flatten().nonzero()[:, 0], torch.cat(responses), cu_seqlens)
+
+
+def collate_shared(rollouts: Rollouts, rows: list[int], as_decoded: bool = False) -> TokenBatch:
+    """These of its sequences, in this order, in one row: those of one prompt share it.
+
+    as_decoded: with the bits that the engine gets.
+    """
+    picked = rollouts.select(torch.tensor(rows, device=rollouts.group_ids.device))
+    prompts = (picked.prompt_tokens, picked.prompt_cu_seqlens)
+    pack = kv.group_pack(*prompts, picked.tokens, picked.cu_seqlens, picked.group_ids)
+    return along_tree(pack, as_decoded)
+
+
+def along_tree(pack: kv.TreePack, as_decoded: bool = False) -> TokenBatch:
+    """A pack as the model reads it, which `hf.install` has prepared."""
+    tree = pack.subtree_end, pack.cu_seqlens
+    attend = hf.as_decoded(pack) if as_decoded else hf.along_tree(*tree)
+    inputs = {"input_ids": pack.ids[None], "position_ids": pack.positions[None]}
+    return TokenBatch(
+        inputs | hf.attending(attend),
+        pack.pred_row[pack.targets],
+        pack.ids[pack.targets],
+        pack.path_cu_seqlens,
+        pack.paths,
+    )
 
 
 def response_logprobs(
@@ -39,9 +72,9 @@ def response_logprobs(
     temperature: float = 1.0,
     batch_invariant: bool = False,
 ) -> rlkern.LogprobOutput:
-    """-> logprob [t] and entropy [t], float32; no [t, vocabulary] tensor outlives the op."""
-    hidden = model.base_model(input_ids=batch.inputs, use_cache=False).last_hidden_state
-    return rlkern.linear_logprob(
+    """-> logprob [T] and entropy [T], float32; no [t, vocabulary] tensor outlives the op."""
+    hidden = model.base_model(**batch.inputs).last_hidden_state
+    out = rlkern.linear_logprob(
         hidden.flatten(0, 1).index_select(0, batch.rows),
         model.get_output_embeddings().weight,
         batch.targets,
@@ -50,3 +83,7 @@ def response_logprobs(
         batch_invariant=batch_invariant,
         **logit_options(model),
     )
+    if batch.paths is None:
+        return out
+    logprob, entropy = (x.index_select(0, batch.paths) for x in (out.logprob, out.entropy))
+    return out._replace(logprob=logprob, entropy=entropy)

@@ -125,6 +125,7 @@ class Optim(Section):
     updates: Positive = 2  # minibatches per rollout batch and epoch
     epochs: Positive = 1
     micro_batch: Count = 0  # sequences per forward; 0: the whole minibatch
+    share_prefix: bool = False  # compute a prompt once for its group; minibatches are whole groups
     beta1: Share = 0.9
     beta2: Share = 0.95
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -181,7 +182,22 @@ class Config(Section):
                 f"optim.updates = {self.optim.updates} is more than the {sequences} sequences of a "
                 "step (rollout.prompts * rollout.group_size)"
             )
+        if self.trains_on_trees and self.model.attention != "sdpa":
+            raise ValueError(
+                f"model.attention = {self.model.attention} goes neither with optim.share_prefix nor "
+                "with precision = fp8-unified: packed trees have their own"
+            )
+        if self.optim.share_prefix and self.optim.updates > self.rollout.prompts:
+            raise ValueError(
+                f"optim.share_prefix does not go with optim.updates = {self.optim.updates}: "
+                f"minibatches are whole groups, and there are {self.rollout.prompts}"
+            )
         return self
+
+    @property
+    def trains_on_trees(self) -> bool:
+        """Whether sequences of one prompt go through the model in one packed row."""
+        return self.optim.share_prefix or self.precision == "fp8-unified"
 
     def objective(self) -> rlkern.PolicyObjective:
         """With weights for the mismatch where the engine samples from another policy."""

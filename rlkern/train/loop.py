@@ -20,7 +20,7 @@ import rlkern
 from rlkern.rollout import Rollouts, most_contrastive
 from rlkern.train import TrainError
 from rlkern.train import checkpoint as ckpt
-from rlkern.train.batch import TokenBatch, collate, response_logprobs
+from rlkern.train.batch import TokenBatch, collate, collate_shared, response_logprobs
 from rlkern.train.config import Config
 from rlkern.train.data import batch_at, load_data
 from rlkern.train.diagnose import diagnose_step, diagnose_warmup, nonfinite
@@ -176,13 +176,19 @@ class Trainer:
     @torch.no_grad()
     def logprobs(self, model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """-> log-prob and entropy [T] of all responses, in batches of the size of the update's."""
-        prompts, responses = rollouts.prompts(), rollouts.responses()
-        size = self.cfg.optim.micro_batch or -(-len(responses) // self.cfg.optim.updates)
+        sequences = list(range(len(rollouts.group_ids)))
+        size = self.cfg.optim.micro_batch or -(-len(sequences) // self.cfg.optim.updates)
         outs = []
-        for i in range(0, len(responses), size):
-            batch = collate(prompts[i : i + size], responses[i : i + size])
-            outs.append(self.score(model, batch))
+        for i in range(0, len(sequences), size):
+            outs.append(self.score(model, self.batch(rollouts, sequences[i : i + size])))
         return torch.cat([o.logprob for o in outs]), torch.cat([o.entropy for o in outs])
+
+    def batch(self, rollouts: Rollouts, rows: list[int]) -> TokenBatch:
+        """These sequences as the model reads them."""
+        if self.cfg.trains_on_trees:
+            return collate_shared(rollouts, rows, self.cfg.precision == "fp8-unified")
+        prompts, responses = rollouts.prompts(), rollouts.responses()
+        return collate([prompts[i] for i in rows], [responses[i] for i in rows])
 
     def score(self, model: Any, batch: TokenBatch) -> rlkern.LogprobOutput:
         temperature, unified = self.cfg.rollout.temperature, self.cfg.precision == "fp8-unified"
@@ -197,7 +203,6 @@ class Trainer:
     ) -> dict[str, float]:
         """The optimiser steps of one rollout batch -> loss, grad_norm, lr and policy/*."""
         cfg, objective = self.cfg.optim, self.objective
-        prompts, responses = rollouts.prompts(), rollouts.responses()
         lengths = rollouts.lengths.tolist()
         old = old_logprob.split(lengths)
         ref = None if ref_logprob is None else ref_logprob.split(lengths)
@@ -205,14 +210,13 @@ class Trainer:
         # A sequence of advantage 0 skips the forward where nothing else moves it, and still counts
         # in the denominator.
         skips = objective.idle_without_advantage
-        busy = (advantages != 0).tolist() if skips else [True] * len(responses)
+        busy = (advantages != 0).tolist() if skips else [True] * len(lengths)
         done, total = self.step - self.cfg.warmup.steps, self.cfg.run.steps
         lr = cfg.lr * schedule(cfg.schedule, done, total, cfg.warmup_steps)
         losses, norms, seen = [], [], defaultdict(list)
         shuffle = self.generator("minibatch")
         for _ in range(cfg.epochs):
-            for chunk in torch.randperm(len(responses), generator=shuffle).chunk(cfg.updates):
-                chunk = chunk.tolist()
+            for chunk in minibatches(rollouts, cfg.updates, cfg.share_prefix, shuffle):
                 picked = [i for i in chunk if busy[i]]
                 if not picked:
                     continue
@@ -220,7 +224,7 @@ class Trainer:
                 size, loss = cfg.micro_batch or len(picked), 0.0
                 for start in range(0, len(picked), size):
                     micro = picked[start : start + size]
-                    batch = collate([prompts[i] for i in micro], [responses[i] for i in micro])
+                    batch = self.batch(rollouts, micro)
                     out = self.score(self.model, batch)
                     result = rlkern.policy_loss(
                         out.logprob,
@@ -356,6 +360,19 @@ class Trainer:
             self.tokenizer.save_pretrained(part)
             part.rename(folder)
         return reference.requires_grad_(False).eval()
+
+
+def minibatches(
+    rollouts: Rollouts, updates: int, whole_groups: bool, shuffle: torch.Generator
+) -> list[list[int]]:
+    """The sequences of each update, in random order; whole groups where they share their prompt."""
+    if not whole_groups:
+        order = torch.randperm(len(rollouts.group_ids), generator=shuffle)
+        return [chunk.tolist() for chunk in order.chunk(updates)]
+    groups = rollouts.group_ids.unique().cpu()
+    order = groups[torch.randperm(len(groups), generator=shuffle)]
+    rows = {g: (rollouts.group_ids == g).nonzero()[:, 0].tolist() for g in groups.tolist()}
+    return [[i for g in chunk.tolist() for i in rows[g]] for chunk in order.chunk(updates)]
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:

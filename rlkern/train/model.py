@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
 
+from rlkern.kv import hf
 from rlkern.train import TrainError
 from rlkern.train.config import Config
 from rlkern.train.tasks import ALPHABET
@@ -46,7 +47,7 @@ def load_model(cfg: Config, path: Path | None = None) -> tuple[PreTrainedModel, 
         torch.manual_seed(cfg.run.seed)
         tokenizer = CharTokenizer(ALPHABET)
         model = AutoModelForCausalLM.from_config(small_config(cfg), **options)
-        return model.to(device), tokenizer
+        return prepared(model, cfg).to(device), tokenizer
     try:
         characters = Path(source) / CharTokenizer.FILE
         if characters.is_file():
@@ -56,7 +57,14 @@ def load_model(cfg: Config, path: Path | None = None) -> tuple[PreTrainedModel, 
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     except Exception as error:  # the libraries raise a dozen kinds for one bad folder
         raise TrainError(f"model.path: {source!r} could not be loaded: {error}") from error
-    return model.to(device), tokenizer
+    return prepared(model, cfg).to(device), tokenizer
+
+
+def prepared(model: PreTrainedModel, cfg: Config) -> PreTrainedModel:
+    """With the attention that packed trees need, where they are trained on."""
+    if cfg.trains_on_trees:
+        hf.install(model)
+    return model
 
 
 def small_config(cfg: Config) -> Qwen3Config:

@@ -8,18 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlkern.ops._triton import INTERPRETED, finite, rounded, softcapped
+from rlkern.ops._triton import finite, multiply, rounded, softcapped
 
 BLOCK_M = 64
-WIDEN = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def _multiply(a, b, acc):
-    """acc + a b; the interpreter multiplies bit patterns of 16-bit operands."""
-    if WIDEN:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -71,7 +62,7 @@ def _item_kernel(
             where = (slot * kv_heads + head) * WIDTH
             mask = has[:, None] & inside[None, :]
             keys = tl.load(k_cache + where[:, None] + d[None, :], mask=mask, other=0.0)
-            s = _multiply(queries, tl.trans(keys), tl.zeros((BLOCK, BLOCK_N), tl.float32)) * scale
+            s = multiply(queries, tl.trans(keys), tl.zeros((BLOCK, BLOCK_N), tl.float32)) * scale
             if HAS_CAP:
                 s = softcapped(s, 1.0, softcap)
             s = tl.where(has[None, :], s, float("-inf"))
@@ -81,7 +72,7 @@ def _item_kernel(
             p = tl.exp(s - anchor[:, None])
             total = total * decay + tl.sum(p, 1)
             values = tl.load(v_cache + where[:, None] + d[None, :], mask=mask, other=0.0)
-            acc = _multiply(rounded(p, values.dtype), values, acc * decay[:, None])
+            acc = multiply(rounded(p, values.dtype), values, acc * decay[:, None])
             top = higher
         part = (part_begin + row).to(tl.int64) * heads + q_head
         mean = acc / tl.where(total == 0.0, 1.0, total)[:, None]
