@@ -37,6 +37,17 @@ class Rollouts:
         """int64 [S]: response tokens of each sequence."""
         return self.cu_seqlens.diff()
 
+    def trained(self, values: Tensor) -> Tensor:
+        """Of values [T], those of tokens that were drawn."""
+        return values if self.mask is None else values[self.mask]
+
+    @property
+    def trained_lengths(self) -> Tensor:
+        """int64 [S]: drawn tokens of each sequence."""
+        if self.mask is None:
+            return self.lengths
+        return torch.nn.functional.pad(self.mask.cumsum(0), (1, 0))[self.cu_seqlens].diff()
+
     def prompts(self) -> list[Tensor]:
         """The prompt of each of the S sequences, as views."""
         unique = self.prompt_tokens.split(self.prompt_cu_seqlens.diff().tolist())

@@ -69,6 +69,7 @@ class NativeEngine:
         self.direct, self.score = direct, score
         self.cache: TreeKVCache | None = None
         self.version = 0
+        self.stats: dict[str, float] = {}  # of the last call, see Run.stats
 
     def bump_version(self, version: int | None = None) -> None:
         """Says that the weights have changed; default: to the version after the present one."""
@@ -131,7 +132,9 @@ class NativeEngine:
         self.decoder = Decoder(self.model, need, self.direct)
         run = Run(self, strategy, max_new_tokens, temperature, sampling, seed)
         try:
-            return run.all(prompts)
+            rollouts = run.all(prompts)
+            self.stats = run.stats(rollouts)
+            return rollouts
         finally:
             run.close()
             self.model.train(was_training)

@@ -55,7 +55,7 @@ class Run:
         self.aside: deque[tuple[Group, Rows]] = deque()  # begun, without pages
         self.touched: set[int] = set()  # groups that a branch has left
         self.ended: list[Ended] = []
-        self.fed = self.read = self.paths = 0
+        self.fed, self.read, self.paths = 0, 0, torch.zeros((), dtype=torch.int64)
 
     def all(self, prompts: list[list[int]]) -> Rollouts:
         """Decodes until every group has ended, or the strategy has enough of them."""
@@ -240,7 +240,7 @@ class Run:
         plan = self.cache.plan(branches, counts, share=self.engine.share)
         self.fed += len(work.tokens)
         self.read += len(plan.slots)
-        self.paths += (work.positions + 1).sum()
+        self.paths = self.paths.to(work.positions.device) + (work.positions + 1).sum()
         return self.engine.forward(work, plan, rows, self.strategy.needs_hidden)
 
     def _spawn(
@@ -330,6 +330,21 @@ class Run:
                 node = parent[node]
             at.append(np.concatenate(path[::-1])[len(group.prompt) - group.given :])
         self.ended.append(Ended(group, done, at, tree))
+
+    def stats(self, rollouts: Rollouts) -> dict[str, float]:
+        """What the call took.
+
+        rollout/computed: tokens that went through the model; rollout/used: those of the sequences
+        and their prompts, each shared one once; rollout/kv_saved: the share of reads of keys that
+        sharing has saved.
+        """
+        own = 0 if rollouts.origin is None else len(rollouts.origin.unique())
+        paths = int(self.paths)
+        return {
+            "rollout/computed": float(self.fed),
+            "rollout/used": float(own + len(rollouts.prompt_tokens)),
+            "rollout/kv_saved": 1 - self.read / paths if paths else 0.0,
+        }
 
     def _decode(
         self, born: np.ndarray, numbers: np.ndarray, length: np.ndarray, last: np.ndarray

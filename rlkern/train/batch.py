@@ -4,7 +4,7 @@ s sequences of a (micro-)batch, T their response tokens, t those that are comput
 sequences share is computed once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,12 @@ class TokenBatch:
     targets: Tensor  # int64 [t]
     cu_seqlens: Tensor  # int64 [s + 1]
     paths: Tensor | None = None  # int64 [T], targets of the sequences, which may share them
+
+    def only(self, mask: Tensor) -> "TokenBatch":
+        """Without the response tokens that mask [T] leaves out: read, but not trained."""
+        paths = torch.arange(len(mask), device=mask.device) if self.paths is None else self.paths
+        before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+        return replace(self, paths=paths[mask], cu_seqlens=before[self.cu_seqlens])
 
 
 def collate(prompts: list[Tensor], responses: list[Tensor]) -> TokenBatch:
