@@ -108,6 +108,8 @@ def markdown(name: str, document: Path) -> str:
             parts.append(_precision(path, saved, document))
         elif saved.get("kind") == "weight_sync":
             parts.append(_weight_sync(path, saved, document))
+        elif saved.get("kind") == "share_prefix":
+            parts.append(_share_prefix(path, saved, document))
         elif saved.get("kind") == "kernel_resources":
             parts.append(_kernel_resources(path, saved, document))
         else:
@@ -268,6 +270,19 @@ def _weight_sync(path: Path, saved: dict, document: Path) -> str:
     shape = ", ".join(f"{key} {value:,}" for key, value in saved["shape"].items())
     end = f"{shape}; one update of ±{saved['learning_rate']:g} of every master weight."
     return "\n".join([*lines, "", end, ""])
+
+
+def _share_prefix(path: Path, saved: dict, document: Path) -> str:
+    """A training step with the prompt once, over one with a copy for each response."""
+    head = ["dtype", "unshared / shared", "rows of the model", "gradients differ by"]
+    lines = [_source(path, saved, document), "", *_head(head)]
+    for row in saved["rows"]:
+        rows = f"{row['unshared_tokens']:,} -> {row['shared_tokens']:,}"
+        cells = [row["dtype"], _times(row["speedup"]), rows, _error(row["gradient_difference"])]
+        lines.append(_line(cells))
+    shape = ", ".join(f"{key} {value:,}" for key, value in (saved["shape"] | saved["model"]).items())
+    load = saved["machine_info"]["load_at_end"][-1]
+    return "\n".join([*lines, "", f"{shape}. Load average over 15 minutes: {load}.", ""])
 
 
 def _kernel_resources(path: Path, saved: dict, document: Path) -> str:

@@ -326,8 +326,8 @@ def _constants(q: Tensor, k: Tensor, softcap: float) -> dict:
         "HAS_CAP": softcap > 0,
         "BLOCK": 32 if small else 64,
         "BLOCK_D": block_d,
-        "num_warps": 4 if small and block_d <= 128 else 8,
-        "num_stages": 1 if block_d > 128 else 2,
+        "num_warps": max(2, block_d // 64) if small else 8,
+        "num_stages": 2,
     }
     return constants
 
@@ -360,7 +360,7 @@ def forward(
             k.shape[1],
             scale,
             softcap,
-            **constants | {"num_warps": 4 if constants["BLOCK"] == 32 else 8},
+            **constants,
         )
     return out, lse
 
@@ -400,5 +400,7 @@ def backward(
     sizes = (cu_seqlens.shape[0] - 1, heads, k.shape[1], scale, softcap)
     count = tiles.packs.shape[0]
     _dq_kernel[(count, heads)](*shared, grad_q, *sizes, **constants)
+    # twice the sums
+    constants["num_warps"] = min(8, 2 * constants["num_warps"])
     _dkv_kernel[(count, k.shape[1])](*shared, grad_k, grad_v, *sizes, **constants)
     return grad_q, grad_k, grad_v
