@@ -243,9 +243,7 @@ class Run:
         self.paths = self.paths.to(work.positions.device) + (work.positions + 1).sum()
         return self.engine.forward(work, plan, rows, self.strategy.needs_hidden)
 
-    def _spawn(
-        self, logits: Tensor | None, hidden: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _spawn(self, logits: Tensor | None, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Begins samples of prompts -> logits and hidden states of all rows, with theirs."""
         parts, states = [logits], [hidden]
         for group in self.groups.values():
@@ -427,4 +425,3 @@ class Run:
             mask=torch.from_numpy(np.concatenate(mask)).to(device) if mask else None,
             prompt_ids=torch.tensor([e.group.number for e in ended], device=device),
         )
-

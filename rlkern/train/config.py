@@ -90,7 +90,6 @@ class Rollout(Section):
     save: bool = False  # to <run>/rollouts
     replay: str = ""  # such a folder: train from it, without an engine
 
-
     def build_strategy(self) -> Strategy:
         if self.strategy not in STRATEGIES:
             known = ", ".join(sorted(filter(None, STRATEGIES)))
@@ -204,8 +203,8 @@ class Config(Section):
             )
         if self.trains_on_trees and self.model.attention != "sdpa":
             raise ValueError(
-                f"model.attention = {self.model.attention} goes neither with optim.share_prefix nor "
-                "with precision = fp8-unified: packed trees have their own"
+                f"model.attention = {self.model.attention} goes neither with optim.share_prefix "
+                "nor with precision = fp8-unified: packed trees have their own"
             )
         if self.optim.share_prefix and self.optim.updates > self.rollout.prompts:
             raise ValueError(

@@ -258,7 +258,8 @@ def test_suspend_across_a_weight_update(stale):
     assert [read(cache, c)[-1] for c in children] == [[7, 10], [8, 10]]
     exported = cache.export_tree(0)
     assert exported.versions.tolist() == [0] * len(exported.tokens)
-    assert -2.0 in exported.logprob.tolist() and 0.25 in exported.entropy.tolist()
+    assert -2.0 in exported.logprob.tolist()
+    assert 0.25 in exported.entropy.tolist()
     last = [x[-1].item() for x in cache.history(children[1])]
     assert last == [8, -2.0, 0.25, 0]
     check(cache)

@@ -58,7 +58,8 @@ def test_selected_trees_share_what_is_left():
 def test_given_tokens_are_read_but_not_trained():
     rollouts = tree()
     lengths = rollouts.trained_lengths
-    assert lengths.tolist() == [3, 3, 3, 2, 1] and int(lengths.sum()) == int(rollouts.mask.sum())
+    assert lengths.tolist() == [3, 3, 3, 2, 1]
+    assert int(lengths.sum()) == int(rollouts.mask.sum())
     assert rollouts.trained(rollouts.tokens).tolist() == rollouts.tokens[rollouts.mask].tolist()
     batch = collate(rollouts.prompts(), rollouts.responses()).only(rollouts.mask)
     assert batch.targets[batch.paths].tolist() == rollouts.tokens[rollouts.mask].tolist()
