@@ -344,29 +344,32 @@ RLK_HD I lesser_of(I x, I y) {
   return x < y ? x : y;
 }
 
-// walk() for the minimum, by the vector: the same bits.
+// walk() for the minimum, by the vector: the same bits. Few vectors have a token below all before
+// it: the others need no minimum by the lane.
 template <class F>
 RLK_HD void walk_least(const float* live, const float* anchor, const uint8_t* counts, int64_t count,
                        Prefix& prefix, float* out) {
   constexpr int kStep = kWidth<F>;
   const F none = F{} + INFINITY;
-  Ints<F> carry = ordered(F{} + prefix.least);
+  F carry = F{} + prefix.least;
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) {
+    const auto counted = Flags<F>::load(counts + i);
     const F x = load_as<F>(live + i) - load_as<F>(anchor + i);
-    Ints<F> least = ordered(select(Flags<F>::load(counts + i), x, none));
-    if (!out) {
-      carry = lesser_of(carry, least);
+    const auto kept = is_above(x, carry) | is_equal(x, carry);  // not where either is NaN
+    if (!Lanes<F>::any(counted & ~kept)) {
+      if (out) store_as(out + i, carry + x);
       continue;
     }
+    Ints<F> least = ordered(select(counted, x, none));
     for (int by = 1; by < kStep; by *= 2)
       least = lesser_of(least, moved<F>(least, ordered(none), by));
-    const F before = from_ordered<F>(lesser_of(carry, moved<F>(least, ordered(none), 1)));
-    store_as(out + i, select(is_equal(before, none), x, before + x));
-    carry = lesser_of(carry, Ints<F>{} + least[kStep - 1]);
+    const Ints<F> held = ordered(carry);
+    const F before = from_ordered<F>(lesser_of(held, moved<F>(least, ordered(none), 1)));
+    if (out) store_as(out + i, select(is_equal(before, none), x, before + x));
+    carry = from_ordered<F>(lesser_of(held, Ints<F>{} + least[kStep - 1]));
   }
-  for (int lane = 1; !out && lane < kStep; ++lane) carry[0] = std::min(carry[0], carry[lane]);
-  prefix.least = from_ordered<F>(carry)[0];
+  prefix.least = carry[0];
   walk(Level::kPrefixMin, live + i, anchor + i, counts + i, count - i, prefix,
        out ? out + i : nullptr);
 }
