@@ -113,20 +113,26 @@ constexpr bool is_long(SurrogateKind kind) {
 
 template <SurrogateKind kKind, class F>
 RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& out) {
-  const PolicyParams p = params;
+  PolicyParams p = params;
   PolicyStats<F> stats = out;
   const bool corrected = bool(t.correction);
+  // what is not given reads as anything, for a choice of addresses in place of one by the token
+  const Column any{t.logprob};
+  const Column statistic = t.statistic ? t.statistic : any, length = t.length ? t.length : any,
+               correction = corrected ? t.correction : any;
+  const float* const anchor = p.from_rollout ? t.rollout_logprob : t.old_logprob;
+  p.from_rollout = true;
   const auto input = [&](int64_t i) __attribute__((always_inline)) {
     const Reader<F> read{i};
     PolicyInput<F> in;  // the rest is not read
     in.logprob = read(t.logprob);
     in.old_logprob = read(t.old_logprob);
-    in.rollout_logprob = p.from_rollout ? read(t.rollout_logprob) : F{};
+    in.rollout_logprob = read(anchor);
     in.advantage = read(t.advantage);
     in.weight = read(t.weight);
-    in.statistic = read.optional(t.statistic);
-    in.length = read.optional(t.length);
-    in.correction = read.optional(t.correction);
+    in.statistic = read(statistic);
+    in.length = read(length);
+    in.correction = read(correction);
     return in;
   };
   const auto finish = [&](int64_t i, const PolicyInput<F>& in, const PolicyToken<F>& token,
@@ -157,12 +163,19 @@ RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicySt
   out = stats;
 }
 
+// A term beside the surrogate. Its derivative goes to `grad`, or to what is there.
+template <class F, class Term>
+RLK_HD void term_step(const Tokens& t, float* grad, bool adds, const Term& term) {
+  for (int64_t i = 0; i < t.count; i += kWidth<F>) {
+    const F more = term(Reader<F>{i}, Flags<F>::load(t.counts + i));
+    if (grad) store_as(grad + i, adds ? load_as<F>(grad + i) + more : more);
+  }
+}
+
 template <class F>
 RLK_HD void kl_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& stats) {
   const PolicyParams p = params;
-  for (int64_t i = 0; i < t.count; i += kWidth<F>) {
-    const Reader<F> read{i};
-    const auto counts = Flags<F>::load(t.counts + i);
+  term_step<F>(t, t.grad, true, [&](Reader<F> read, Mask<F> counts) __attribute__((always_inline)) {
     PolicyInput<F> in{};
     in.logprob = read(t.logprob);
     in.old_logprob = read(t.old_logprob);
@@ -171,38 +184,32 @@ RLK_HD void kl_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>&
     in.weight = read(t.weight);
     in.statistic = read.optional(t.statistic);
     in.kl_mean = read.optional(t.kl_mean);
-    const F grad = policy_kl(p, in, counts, stats);
-    if (t.grad) store_as(t.grad + i, load_as<F>(t.grad + i) + grad);
-  }
+    return policy_kl(p, in, counts, stats);
+  });
 }
 
 template <class F>
 RLK_HD void nll_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& stats) {
   const PolicyParams p = params;
-  for (int64_t i = 0; i < t.count; i += kWidth<F>) {
-    const Reader<F> read{i};
-    const auto counts = Flags<F>::load(t.counts + i);
+  term_step<F>(t, t.grad, true, [&](Reader<F> read, Mask<F> counts) __attribute__((always_inline)) {
     PolicyInput<F> in{};
     in.logprob = read(t.logprob);
     in.nll_weight = read(t.nll_weight);
     in.weight = read(t.weight);
-    const F grad = policy_nll(p, in, counts, stats);
-    if (t.grad) store_as(t.grad + i, load_as<F>(t.grad + i) + grad);
-  }
+    return policy_nll(p, in, counts, stats);
+  });
 }
 
 template <class F>
 RLK_HD void entropy_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& stats) {
   const PolicyParams p = params;
-  for (int64_t i = 0; i < t.count; i += kWidth<F>) {
-    const Reader<F> read{i};
-    const auto counts = Flags<F>::load(t.counts + i);
-    PolicyInput<F> in{};
-    in.entropy = read(t.entropy);
-    in.weight = read(t.weight);
-    const F grad = policy_entropy(p, in, counts, stats);
-    if (t.grad_entropy) store_as(t.grad_entropy + i, grad);
-  }
+  term_step<F>(t, t.grad_entropy, false,
+               [&](Reader<F> read, Mask<F> counts) __attribute__((always_inline)) {
+                 PolicyInput<F> in{};
+                 in.entropy = read(t.entropy);
+                 in.weight = read(t.weight);
+                 return policy_entropy(p, in, counts, stats);
+               });
 }
 
 // A loop by surrogate, without a choice inside.
