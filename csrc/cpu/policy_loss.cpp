@@ -282,9 +282,11 @@ RLK_HD void add_tokens(const PolicyParams& params, const Tokens& t, double* sum,
 
 // What a prefix of a sequence leaves to the next token.
 struct Prefix {
-  float least = INFINITY;
+  float least;
   double sum = 0;
   int64_t count = 0;
+
+  explicit Prefix(Level level) : least(level == Level::kPrefixMinCapped ? 0.0f : INFINITY) {}
 
   void merge(const Prefix& next) {
     least = next.least < least || next.least != next.least ? next.least : least;
@@ -299,7 +301,7 @@ inline void walk(Level level, const float* live, const float* anchor, const uint
   for (int64_t i = 0; i < count; ++i) {
     if (!counts[i]) continue;
     const float x = live[i] - anchor[i];
-    if (level == Level::kPrefixMin) {
+    if (level != Level::kPrefixMean) {
       if (out) out[i] = prefix.least == INFINITY ? x : prefix.least + x;
       prefix.least = x < prefix.least || x != x ? x : prefix.least;
     } else {
@@ -426,7 +428,7 @@ const Version kVersion = k_narrow;
 // What the prefixes of a run are for its tokens.
 void prefixes_of(Level level, const float* live, const float* anchor, const uint8_t* counts,
                  int64_t count, Prefix& prefix, float* out) {
-  if (level == Level::kPrefixMin)
+  if (level != Level::kPrefixMean)
     kVersion.least(live, anchor, counts, count, prefix, out);
   else
     walk(level, live, anchor, counts, count, prefix, out);
@@ -587,7 +589,7 @@ std::vector<SequenceStats> statistics(const PolicyParams& p, const Inputs& in,
 std::vector<Prefix> carried(const PolicyParams& p, const Inputs& in, const float* anchor,
                             const Sequences& sequences, int64_t num_tokens) {
   const int64_t num_chunks = (num_tokens + kChunk - 1) / kChunk;
-  std::vector<Prefix> out(num_chunks);
+  std::vector<Prefix> out(num_chunks, Prefix(p.level));
   // out[c + 1]: first of the tokens of the last sequence in chunk c alone
   torch::stable::parallel_for(0, num_chunks - 1, kGrain / kChunk, [&](int64_t first, int64_t last) {
     alignas(64) uint8_t counts[kChunk];
@@ -751,7 +753,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
         if (params.limits_drift()) spread(tokens.drifted, drifted, stats[i].drifted);
         if (params.couples_kl()) spread(tokens.kl_mean, kl_mean, stats[i].kl_mean);
         if (params.by_prefix()) {
-          Prefix prefix;
+          Prefix prefix(params.level);
           if (from == 0 && sequences.begin(i) < begin) prefix = prefixes[chunk];
           prefixes_of(params.level, in.logprob + begin + from, anchor + begin + from, counts + from,
                       size, prefix, statistic + from);

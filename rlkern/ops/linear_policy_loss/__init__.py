@@ -74,10 +74,10 @@ def linear_policy_loss(
 
     is the equivalent program; loss, metrics, logprob and entropy have its bits on CPU. That program
     takes four matmuls: its backward multiplies the logits out again, for only then does it know
-    the gradient of the log-probs. This op knows the loss: it keeps logits, keep_bytes of them at most,
-    until the loss has given their gradient, and multiplies out again only what is left of T V.
-    Three matmuls where that is nothing. Tokens whose gradient is exactly 0 (clipped, advantage 0)
-    drop out of all but the first, on CPU.
+    the gradient of the log-probs. This op knows the loss: it keeps logits, keep_bytes of them at
+    most, until the loss has given their gradient, and multiplies out again only what is left of
+    T V. Three matmuls where that is nothing. Tokens whose gradient is exactly 0 (clipped,
+    advantage 0) drop out of all but the first, on CPU.
 
     Beside the gradients, what exists depends on T and H but not on V: the kept logits, and float32
     sums and packed copies of the tokens.

@@ -14,7 +14,14 @@ namespace rlkern {
 
 // The schema's `denominator`, and its level: LEVELS in reference.py.
 enum class Denominator : int { kNothing, kTokens, kFilledSequences, kAllSequences };
-enum class Level : int { kToken, kSequence, kProduct, kPrefixMin, kPrefixMean };
+enum class Level : int {
+  kToken,
+  kSequence,
+  kProduct,
+  kPrefixMin,
+  kPrefixMean,
+  kPrefixMinCapped,
+};
 
 // The schema's `kinds` and `numbers`, in the order of Kinds and Numbers in reference.py.
 constexpr int kNumKinds = 13;
@@ -92,7 +99,7 @@ struct PolicyParams {
   bool limits_drift() const { return off_policy_limit != INFINITY; }
   bool rejects() const { return token_rejection != 0 || sequence_rejection != 0; }
   bool by_statistic() const { return level == Level::kSequence || level == Level::kProduct; }
-  bool by_prefix() const { return level == Level::kPrefixMin || level == Level::kPrefixMean; }
+  bool by_prefix() const { return level >= Level::kPrefixMin; }
   bool couples_kl() const { return kl_times_ratio && level == Level::kSequence; }
 };
 
