@@ -1,8 +1,8 @@
 """`linear_policy_loss`, forward and backward, against the three bare matmuls and its composition.
 
-`composed` is policy_loss of linear_logprob, which multiplies the logits out twice; `keep-256m` is ours
-with fewer logits kept, `keep-all` with all of them where the default does not; `half` is ours with
-every other sequence at advantage 0, whose tokens drop out of two of the matmuls; `eager` is
+`composed` is policy_loss of linear_logprob, which multiplies the logits out twice; `keep-256m` is
+ours with fewer logits kept, `keep-all` with all of them where the default does not; `half` is ours
+with every other sequence at advantage 0, whose tokens drop out of two of the matmuls; `eager` is
 torch with its logits in the inputs' dtype, then the loss as TRL and verl write it.
 """
 
@@ -82,14 +82,13 @@ def problem(case: Case, device: str) -> Problem:
     default = inspect.signature(rlkern.linear_policy_loss).parameters["keep_bytes"].default
     if 2.5 * tokens * vocab <= default:
         del variants["keep-all"]
-    # a fresh process for every figure: those that say something
+    # a fresh process for every figure on CPU: those that say something
+    told = frozenset({"rlkern", "keep-256m", "composed", "eager"})
     return Problem(
         variants,
         "matmul ×3",
         HEADS[case.shape]._asdict(),
-        memory_of=frozenset({"rlkern", "keep-256m", "composed", "eager"})
-        if device == "cpu"
-        else None,
+        memory_of=told if device == "cpu" else None,
         returned_bytes=sum(leaf.numel() * leaf.element_size() for leaf in leaves),
     )
 

@@ -105,6 +105,15 @@ RLK_HD void correction_step(const PolicyParams& params, const Tokens& t, float* 
   }
 }
 
+// Whether none of `count` tokens counts: the end of a padded row, which costs no formula.
+template <int64_t count>
+RLK_HD bool none_counts(const uint8_t* counts) {
+  uint64_t words[(count + 7) / 8] = {}, any = 0;
+  std::memcpy(words, counts, count);
+  for (uint64_t word : words) any |= word;
+  return any == 0;
+}
+
 // Formulas that are a long chain: two vectors at a time.
 constexpr bool is_long(SurrogateKind kind) {
   return kind == SurrogateKind::kHazard || kind == SurrogateKind::kSoftGate ||
@@ -141,8 +150,16 @@ RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicySt
     const F grad = policy_surrogate<kKind>(p, in, corrected, counts, token, s, stats);
     if (t.grad) store_as(t.grad + i, grad);
   };
+  const auto skip = [&](int64_t i) __attribute__((always_inline)) {
+    if (t.grad) store_as(t.grad + i, F{});
+  };
   if constexpr (is_long(kKind)) {
     for (int64_t i = 0; i < t.count; i += 2 * kWidth<F>) {
+      if (none_counts<2 * kWidth<F>>(t.counts + i)) {
+        skip(i);
+        skip(i + kWidth<F>);
+        continue;
+      }
       const PolicyInput<F> in = input(i), next_in = input(i + kWidth<F>);
       const PolicyToken<F> x = policy_ratio(p, in), y = policy_ratio(p, next_in);
       const PolicyToken<Twin<F>> both{
@@ -155,6 +172,10 @@ RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicySt
     }
   } else {
     for (int64_t i = 0; i < t.count; i += kWidth<F>) {
+      if (none_counts<kWidth<F>>(t.counts + i)) {
+        skip(i);
+        continue;
+      }
       const PolicyInput<F> in = input(i);
       const PolicyToken<F> token = policy_ratio(p, in);
       finish(i, in, token, surrogate(kKind, token, p.shape));

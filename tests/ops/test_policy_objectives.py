@@ -702,6 +702,19 @@ def test_gradient_tables(name, kernel):
 
 
 @every_kernel
+@pytest.mark.parametrize("bound", [0.4, 1.5, 2.0, 2.01, 7.0])
+def test_mhpo_of_any_bound(kernel, bound):
+    """The hazard's softplus has one formula up to c = 2 and another above."""
+    x = torch.linspace(-20.5, 20.5, 656)[None]
+    chosen = objective("mhpo", mhpo_c=bound)
+    live, old, one = x - 30, torch.full_like(x, -30.0), torch.ones(1)
+    loss, grad = kernel_run(kernel, chosen, live, old, one)
+    want = kernel_run("reference", chosen, live.double(), old.double(), one.double())
+    torch.testing.assert_close(loss.double(), want[0].double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), want[1].double(), rtol=1e-4, atol=1e-9)
+
+
+@every_kernel
 @pytest.mark.parametrize("name", VALUES)
 def test_value_tables(name, kernel):
     chosen = objective(name, loss_agg_mode="token-sum")
