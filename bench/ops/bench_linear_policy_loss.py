@@ -1,9 +1,12 @@
 """`linear_policy_loss`, forward and backward, against the three bare matmuls and its composition.
 
-`composed` is policy_loss of linear_logprob, which multiplies the logits out twice; `half` is ours
+`composed` is policy_loss of linear_logprob, which multiplies the logits out twice; `keep-256m` is
+ours with fewer logits kept, `keep-all` with all of them where the default does not; `half` is ours
 with every other sequence at advantage 0, whose tokens drop out of two of the matmuls; `eager` is
 torch with its logits in the inputs' dtype, then the loss as TRL and verl write it.
 """
+
+import inspect
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ CASES = [
     ),
     Case("qwen3-8b", "bfloat16", "forward+backward", "cuda", memory=True),
 ]
-VARIANTS = [harness.LIMIT, "rlkern", "half", "composed", "eager"]
+VARIANTS = [harness.LIMIT, "rlkern", "keep-256m", "keep-all", "half", "composed", "eager"]
 
 
 def eager(
@@ -57,29 +60,35 @@ def problem(case: Case, device: str) -> Problem:
         logits = h @ w.T
         return logits, logits @ w, logits.T @ h
 
-    def ours(a: Tensor):
-        return rlkern.linear_policy_loss(*leaves, targets, old, a, **packed).loss
+    def ours(a: Tensor, **options: int):
+        return rlkern.linear_policy_loss(*leaves, targets, old, a, **packed, **options).loss
 
     def composed():
         logprob = rlkern.linear_logprob(*leaves, targets).logprob
         return rlkern.policy_loss(logprob, old, advantages, **packed).loss
 
-    def call(function, *args):
-        return lambda: torch.autograd.grad(function(*args), leaves)
+    def call(function, *args, **options):
+        return lambda: torch.autograd.grad(function(*args, **options), leaves)
 
     variants = {
         harness.LIMIT: matmuls,
         "rlkern": call(ours, advantages),
+        "keep-256m": call(ours, advantages, keep_bytes=2**28),
+        "keep-all": call(ours, advantages, keep_bytes=4 * tokens * vocab),
         "half": call(ours, half),
         "composed": call(composed),
         "eager": call(eager, *leaves, targets, old, advantages.repeat_interleave(length)),
     }
-    # a fresh process for every figure: those that say something
+    default = inspect.signature(rlkern.linear_policy_loss).parameters["keep_bytes"].default
+    if 2.5 * tokens * vocab <= default:
+        del variants["keep-all"]
+    # a fresh process for every figure on CPU: those that say something
+    told = frozenset({"rlkern", "keep-256m", "composed", "eager"})
     return Problem(
         variants,
         "matmul ×3",
         HEADS[case.shape]._asdict(),
-        memory_of=frozenset({"rlkern", "composed", "eager"}) if device == "cpu" else None,
+        memory_of=told if device == "cpu" else None,
         returned_bytes=sum(leaf.numel() * leaf.element_size() for leaf in leaves),
     )
 

@@ -101,6 +101,27 @@ struct Lanes<f32x16> {
     asm("vmaxps %2, %1, %0" : "=v"(out) : "v"(x), "v"(y));
     return out;
   }
+  static RLK_HD f32x16 times(Mask mask, f32x16 x, f32x16 y) {
+    f32x16 out;
+    asm("vmulps %2, %1, %0%{%3%}%{z%}" : "=v"(out) : "v"(x), "v"(y), "Yk"(mask.bits));
+    return out;
+  }
+  static RLK_HD f32x16 add(Mask mask, f32x16 sum, f32x16 x) {
+    asm("vaddps %1, %0, %0%{%2%}" : "+v"(sum) : "v"(x), "Yk"(mask.bits));
+    return sum;
+  }
+  static RLK_HD f32x16 add(Mask mask, f32x16 sum, f32x16 x, f32x16 y) {
+    asm("vfmadd231ps %2, %1, %0%{%3%}" : "+v"(sum) : "v"(x), "v"(y), "Yk"(mask.bits));
+    return sum;
+  }
+  static RLK_HD f32x16 lesser(Mask mask, f32x16 x, f32x16 y) {
+    asm("vminps %0, %1, %0%{%2%}" : "+v"(y) : "v"(x), "Yk"(mask.bits));
+    return y;
+  }
+  static RLK_HD f32x16 greater(Mask mask, f32x16 x, f32x16 y) {
+    asm("vmaxps %0, %1, %0%{%2%}" : "+v"(y) : "v"(x), "Yk"(mask.bits));
+    return y;
+  }
   static RLK_HD f32x16 root(f32x16 x) {
     f32x16 out;
     asm("vsqrtps %1, %0" : "=v"(out) : "v"(x));
@@ -108,6 +129,7 @@ struct Lanes<f32x16> {
   }
   static RLK_HD void count(Tally& tally, Mask mask) { tally += __builtin_popcount(mask.bits); }
   static RLK_HD int64_t total(Tally tally) { return tally; }
+  static RLK_HD bool any(Mask mask) { return mask.bits != 0; }
 };
 
 template <>

@@ -105,6 +105,15 @@ RLK_HD void correction_step(const PolicyParams& params, const Tokens& t, float* 
   }
 }
 
+// Whether none of `count` tokens counts: the end of a padded row, which costs no formula.
+template <int64_t count>
+RLK_HD bool none_counts(const uint8_t* counts) {
+  uint64_t words[(count + 7) / 8] = {}, any = 0;
+  std::memcpy(words, counts, count);
+  for (uint64_t word : words) any |= word;
+  return any == 0;
+}
+
 // Formulas that are a long chain: two vectors at a time.
 constexpr bool is_long(SurrogateKind kind) {
   return kind == SurrogateKind::kHazard || kind == SurrogateKind::kSoftGate ||
@@ -113,20 +122,26 @@ constexpr bool is_long(SurrogateKind kind) {
 
 template <SurrogateKind kKind, class F>
 RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& out) {
-  const PolicyParams p = params;
+  PolicyParams p = params;
   PolicyStats<F> stats = out;
   const bool corrected = bool(t.correction);
+  // what is not given reads as anything, for a choice of addresses in place of one by the token
+  const Column any{t.logprob};
+  const Column statistic = t.statistic ? t.statistic : any, length = t.length ? t.length : any,
+               correction = corrected ? t.correction : any;
+  const float* const anchor = p.from_rollout ? t.rollout_logprob : t.old_logprob;
+  p.from_rollout = true;
   const auto input = [&](int64_t i) __attribute__((always_inline)) {
     const Reader<F> read{i};
     PolicyInput<F> in;  // the rest is not read
     in.logprob = read(t.logprob);
     in.old_logprob = read(t.old_logprob);
-    in.rollout_logprob = p.from_rollout ? read(t.rollout_logprob) : F{};
+    in.rollout_logprob = read(anchor);
     in.advantage = read(t.advantage);
     in.weight = read(t.weight);
-    in.statistic = read.optional(t.statistic);
-    in.length = read.optional(t.length);
-    in.correction = read.optional(t.correction);
+    in.statistic = read(statistic);
+    in.length = read(length);
+    in.correction = read(correction);
     return in;
   };
   const auto finish = [&](int64_t i, const PolicyInput<F>& in, const PolicyToken<F>& token,
@@ -135,8 +150,16 @@ RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicySt
     const F grad = policy_surrogate<kKind>(p, in, corrected, counts, token, s, stats);
     if (t.grad) store_as(t.grad + i, grad);
   };
+  const auto skip = [&](int64_t i) __attribute__((always_inline)) {
+    if (t.grad) store_as(t.grad + i, F{});
+  };
   if constexpr (is_long(kKind)) {
     for (int64_t i = 0; i < t.count; i += 2 * kWidth<F>) {
+      if (none_counts<2 * kWidth<F>>(t.counts + i)) {
+        skip(i);
+        skip(i + kWidth<F>);
+        continue;
+      }
       const PolicyInput<F> in = input(i), next_in = input(i + kWidth<F>);
       const PolicyToken<F> x = policy_ratio(p, in), y = policy_ratio(p, next_in);
       const PolicyToken<Twin<F>> both{
@@ -149,6 +172,10 @@ RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicySt
     }
   } else {
     for (int64_t i = 0; i < t.count; i += kWidth<F>) {
+      if (none_counts<kWidth<F>>(t.counts + i)) {
+        skip(i);
+        continue;
+      }
       const PolicyInput<F> in = input(i);
       const PolicyToken<F> token = policy_ratio(p, in);
       finish(i, in, token, surrogate(kKind, token, p.shape));
@@ -157,12 +184,19 @@ RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicySt
   out = stats;
 }
 
+// A term beside the surrogate. Its derivative goes to `grad`, or to what is there.
+template <class F, class Term>
+RLK_HD void term_step(const Tokens& t, float* grad, bool adds, const Term& term) {
+  for (int64_t i = 0; i < t.count; i += kWidth<F>) {
+    const F more = term(Reader<F>{i}, Flags<F>::load(t.counts + i));
+    if (grad) store_as(grad + i, adds ? load_as<F>(grad + i) + more : more);
+  }
+}
+
 template <class F>
 RLK_HD void kl_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& stats) {
   const PolicyParams p = params;
-  for (int64_t i = 0; i < t.count; i += kWidth<F>) {
-    const Reader<F> read{i};
-    const auto counts = Flags<F>::load(t.counts + i);
+  term_step<F>(t, t.grad, true, [&](Reader<F> read, Mask<F> counts) __attribute__((always_inline)) {
     PolicyInput<F> in{};
     in.logprob = read(t.logprob);
     in.old_logprob = read(t.old_logprob);
@@ -171,38 +205,32 @@ RLK_HD void kl_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>&
     in.weight = read(t.weight);
     in.statistic = read.optional(t.statistic);
     in.kl_mean = read.optional(t.kl_mean);
-    const F grad = policy_kl(p, in, counts, stats);
-    if (t.grad) store_as(t.grad + i, load_as<F>(t.grad + i) + grad);
-  }
+    return policy_kl(p, in, counts, stats);
+  });
 }
 
 template <class F>
 RLK_HD void nll_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& stats) {
   const PolicyParams p = params;
-  for (int64_t i = 0; i < t.count; i += kWidth<F>) {
-    const Reader<F> read{i};
-    const auto counts = Flags<F>::load(t.counts + i);
+  term_step<F>(t, t.grad, true, [&](Reader<F> read, Mask<F> counts) __attribute__((always_inline)) {
     PolicyInput<F> in{};
     in.logprob = read(t.logprob);
     in.nll_weight = read(t.nll_weight);
     in.weight = read(t.weight);
-    const F grad = policy_nll(p, in, counts, stats);
-    if (t.grad) store_as(t.grad + i, load_as<F>(t.grad + i) + grad);
-  }
+    return policy_nll(p, in, counts, stats);
+  });
 }
 
 template <class F>
 RLK_HD void entropy_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& stats) {
   const PolicyParams p = params;
-  for (int64_t i = 0; i < t.count; i += kWidth<F>) {
-    const Reader<F> read{i};
-    const auto counts = Flags<F>::load(t.counts + i);
-    PolicyInput<F> in{};
-    in.entropy = read(t.entropy);
-    in.weight = read(t.weight);
-    const F grad = policy_entropy(p, in, counts, stats);
-    if (t.grad_entropy) store_as(t.grad_entropy + i, grad);
-  }
+  term_step<F>(t, t.grad_entropy, false,
+               [&](Reader<F> read, Mask<F> counts) __attribute__((always_inline)) {
+                 PolicyInput<F> in{};
+                 in.entropy = read(t.entropy);
+                 in.weight = read(t.weight);
+                 return policy_entropy(p, in, counts, stats);
+               });
 }
 
 // A loop by surrogate, without a choice inside.
@@ -275,9 +303,11 @@ RLK_HD void add_tokens(const PolicyParams& params, const Tokens& t, double* sum,
 
 // What a prefix of a sequence leaves to the next token.
 struct Prefix {
-  float least = INFINITY;
+  float least;
   double sum = 0;
   int64_t count = 0;
+
+  explicit Prefix(Level level) : least(level == Level::kPrefixMinCapped ? 0.0f : INFINITY) {}
 
   void merge(const Prefix& next) {
     least = next.least < least || next.least != next.least ? next.least : least;
@@ -292,7 +322,7 @@ inline void walk(Level level, const float* live, const float* anchor, const uint
   for (int64_t i = 0; i < count; ++i) {
     if (!counts[i]) continue;
     const float x = live[i] - anchor[i];
-    if (level == Level::kPrefixMin) {
+    if (level != Level::kPrefixMean) {
       if (out) out[i] = prefix.least == INFINITY ? x : prefix.least + x;
       prefix.least = x < prefix.least || x != x ? x : prefix.least;
     } else {
@@ -344,29 +374,32 @@ RLK_HD I lesser_of(I x, I y) {
   return x < y ? x : y;
 }
 
-// walk() for the minimum, by the vector: the same bits.
+// walk() for the minimum, by the vector: the same bits. Few vectors have a token below all before
+// it: the others need no minimum by the lane.
 template <class F>
 RLK_HD void walk_least(const float* live, const float* anchor, const uint8_t* counts, int64_t count,
                        Prefix& prefix, float* out) {
   constexpr int kStep = kWidth<F>;
   const F none = F{} + INFINITY;
-  Ints<F> carry = ordered(F{} + prefix.least);
+  F carry = F{} + prefix.least;
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) {
+    const auto counted = Flags<F>::load(counts + i);
     const F x = load_as<F>(live + i) - load_as<F>(anchor + i);
-    Ints<F> least = ordered(select(Flags<F>::load(counts + i), x, none));
-    if (!out) {
-      carry = lesser_of(carry, least);
+    const auto kept = is_above(x, carry) | is_equal(x, carry);  // not where either is NaN
+    if (!Lanes<F>::any(counted & ~kept)) {
+      if (out) store_as(out + i, carry + x);
       continue;
     }
+    Ints<F> least = ordered(select(counted, x, none));
     for (int by = 1; by < kStep; by *= 2)
       least = lesser_of(least, moved<F>(least, ordered(none), by));
-    const F before = from_ordered<F>(lesser_of(carry, moved<F>(least, ordered(none), 1)));
-    store_as(out + i, select(is_equal(before, none), x, before + x));
-    carry = lesser_of(carry, Ints<F>{} + least[kStep - 1]);
+    const Ints<F> held = ordered(carry);
+    const F before = from_ordered<F>(lesser_of(held, moved<F>(least, ordered(none), 1)));
+    if (out) store_as(out + i, select(is_equal(before, none), x, before + x));
+    carry = from_ordered<F>(lesser_of(held, Ints<F>{} + least[kStep - 1]));
   }
-  for (int lane = 1; !out && lane < kStep; ++lane) carry[0] = std::min(carry[0], carry[lane]);
-  prefix.least = from_ordered<F>(carry)[0];
+  prefix.least = carry[0];
   walk(Level::kPrefixMin, live + i, anchor + i, counts + i, count - i, prefix,
        out ? out + i : nullptr);
 }
@@ -416,7 +449,7 @@ const Version kVersion = k_narrow;
 // What the prefixes of a run are for its tokens.
 void prefixes_of(Level level, const float* live, const float* anchor, const uint8_t* counts,
                  int64_t count, Prefix& prefix, float* out) {
-  if (level == Level::kPrefixMin)
+  if (level != Level::kPrefixMean)
     kVersion.least(live, anchor, counts, count, prefix, out);
   else
     walk(level, live, anchor, counts, count, prefix, out);
@@ -577,7 +610,7 @@ std::vector<SequenceStats> statistics(const PolicyParams& p, const Inputs& in,
 std::vector<Prefix> carried(const PolicyParams& p, const Inputs& in, const float* anchor,
                             const Sequences& sequences, int64_t num_tokens) {
   const int64_t num_chunks = (num_tokens + kChunk - 1) / kChunk;
-  std::vector<Prefix> out(num_chunks);
+  std::vector<Prefix> out(num_chunks, Prefix(p.level));
   // out[c + 1]: first of the tokens of the last sequence in chunk c alone
   torch::stable::parallel_for(0, num_chunks - 1, kGrain / kChunk, [&](int64_t first, int64_t last) {
     alignas(64) uint8_t counts[kChunk];
@@ -741,7 +774,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
         if (params.limits_drift()) spread(tokens.drifted, drifted, stats[i].drifted);
         if (params.couples_kl()) spread(tokens.kl_mean, kl_mean, stats[i].kl_mean);
         if (params.by_prefix()) {
-          Prefix prefix;
+          Prefix prefix(params.level);
           if (from == 0 && sequences.begin(i) < begin) prefix = prefixes[chunk];
           prefixes_of(params.level, in.logprob + begin + from, anchor + begin + from, counts + from,
                       size, prefix, statistic + from);

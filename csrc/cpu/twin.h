@@ -68,6 +68,9 @@ struct Lanes<Twin<V>> {
   static RLK_HD F unless(Mask m, F x) { return {One::unless(m.a, x.a), One::unless(m.b, x.b)}; }
   static RLK_HD F lesser(F x, F y) { return {One::lesser(x.a, y.a), One::lesser(x.b, y.b)}; }
   static RLK_HD F greater(F x, F y) { return {One::greater(x.a, y.a), One::greater(x.b, y.b)}; }
+  static RLK_HD F times(Mask m, F x, F y) {
+    return {One::times(m.a, x.a, y.a), One::times(m.b, x.b, y.b)};
+  }
   static RLK_HD F root(F x) { return {One::root(x.a), One::root(x.b)}; }
 };
 

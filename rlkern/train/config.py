@@ -110,6 +110,8 @@ class Rollout(Section):
 class Algorithm(Section):
     objective: str = "grpo"
     options: dict[str, Any] = {}  # fields of rlkern.PolicyObjective that differ from the preset
+    # answers of at least this reward are the correct ones, whose likelihood nll_coef raises
+    nll_reward: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     # the kinds of rlkern.group_advantage that need nothing but rewards
     advantage: Literal[
         "grpo",

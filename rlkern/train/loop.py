@@ -121,16 +121,17 @@ class Trainer:
         sampled = time.perf_counter()
         kind = cfg.algorithm.advantage
         advantages = rlkern.group_advantage(rewards, rollouts.group_ids, kind=kind)
+        correct = rewards >= cfg.algorithm.nll_reward
         if cfg.run.null:  # the same numbers, given to other answers: nothing can be learnt
-            order = torch.randperm(len(rewards), generator=self.generator("null"))
-            advantages = advantages[order.to(self.device)]
+            order = torch.randperm(len(rewards), generator=self.generator("null")).to(self.device)
+            advantages, correct = advantages[order], correct[order]
         old_logprob, entropy = self.logprobs(self.model, rollouts)
         ref_logprob = None
         if self.objective.needs_reference:
             self.reference = self.reference or self.load_reference()
             ref_logprob = self.logprobs(self.reference, rollouts)[0]
         scored = time.perf_counter()
-        updates = self.update(rollouts, advantages, old_logprob, ref_logprob)
+        updates = self.update(rollouts, advantages, correct, old_logprob, ref_logprob)
         lengths = rollouts.lengths.float()
         return {
             "reward/mean": rewards.mean().item(),
@@ -206,6 +207,7 @@ class Trainer:
         self,
         rollouts: Rollouts,
         advantages: Tensor,
+        correct: Tensor,
         old_logprob: Tensor,
         ref_logprob: Tensor | None,
     ) -> dict[str, float]:
@@ -243,6 +245,7 @@ class Trainer:
                         ref_logprob=None if ref is None else torch.cat([ref[i] for i in micro]),
                         rollout_logprob=torch.cat([sampled[i] for i in micro]),
                         entropy=out.entropy if objective.needs_entropy else None,
+                        nll_weight=correct[micro],
                         normalizer=counts.get(objective.loss_agg_mode, len(chunk)),
                     )
                     result.loss.backward()

@@ -78,10 +78,10 @@ class Batch:
         return loss, out
 
 
-def assert_equal(batch, objective, what="", **options):
+def assert_equal(batch, objective, what="", keep_bytes=op.KEEP_BYTES, **options):
     # some selections are drawn at random
     torch.manual_seed(0)
-    ours = batch.ours(objective, **options)
+    ours = batch.ours(objective, keep_bytes=keep_bytes, **options)
     torch.manual_seed(0)
     want, out = batch.composed(objective, **options)
     assert_same_bits(f"{what} logprob", ours.logprob, out.logprob.detach())
@@ -111,15 +111,14 @@ def objectives():
 
 @pytest.mark.parametrize("objective", list(objectives()))
 @pytest.mark.parametrize("keep_bytes", KEPT)
-def test_every_preset_is_the_composition(monkeypatch, objective, keep_bytes):
-    monkeypatch.setattr(op, "KEPT_BYTES", keep_bytes)
-    assert_equal(Batch(), objective)
+def test_every_preset_is_the_composition(objective, keep_bytes):
+    assert_equal(Batch(), objective, keep_bytes=keep_bytes)
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
-def test_every_dtype(monkeypatch, dtype):
-    monkeypatch.setattr(op, "KEPT_BYTES", KEPT[1])
-    assert_equal(Batch(dtype), PolicyObjective.preset("grpo", kl_coef=0.1, entropy_coef=0.01))
+def test_every_dtype(dtype):
+    objective = PolicyObjective.preset("grpo", kl_coef=0.1, entropy_coef=0.01)
+    assert_equal(Batch(dtype), objective, keep_bytes=KEPT[1])
 
 
 def test_normalizer_and_segments():
@@ -159,15 +158,29 @@ def test_upstream_gradients_scale_and_frozen_inputs_stay():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("keep_bytes", KEPT)
-def test_weight_grad_takes_the_gradient(monkeypatch, dtype, keep_bytes):
-    monkeypatch.setattr(op, "KEPT_BYTES", keep_bytes)
+def test_weight_grad_takes_the_gradient(dtype, keep_bytes):
     batch = Batch(dtype)
-    want = torch.autograd.grad(batch.ours("dapo").loss, batch.weight)[0].float()
+    loss = batch.ours("dapo", keep_bytes=keep_bytes).loss
+    want = torch.autograd.grad(loss, batch.weight)[0].float()
     main = torch.full((VOCAB, HIDDEN), 3.0)
-    batch.ours("dapo", weight_grad=main).loss.backward()
+    batch.ours("dapo", weight_grad=main, keep_bytes=keep_bytes).loss.backward()
     assert batch.weight.grad is None
     assert batch.hidden.grad is not None
     torch.testing.assert_close(main - 3, want, rtol=1e-2, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("keep_bytes", "error", "message"),
+    [
+        (-1, ValueError, "linear_policy_loss: expected keep_bytes to be at least 0, got -1"),
+        (1e9, TypeError, "linear_policy_loss: expected keep_bytes to be an int, got float"),
+        (True, TypeError, "linear_policy_loss: expected keep_bytes to be an int, got bool"),
+    ],
+)
+def test_bad_keep_bytes_is_refused_in_one_sentence(keep_bytes, error, message):
+    with pytest.raises(error) as raised:
+        Batch().ours("dapo", keep_bytes=keep_bytes)
+    assert str(raised.value) == message
 
 
 def test_padded_and_masked_vocabulary():
@@ -193,16 +206,16 @@ def test_nothing_to_learn_from():
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 @pytest.mark.parametrize("dead", [(), (1, 4), (0, 2, 4, 5)])
-def test_kept_and_recomputed_logits_give_the_same_gradients(monkeypatch, dtype, dead):
+def test_kept_and_recomputed_logits_give_the_same_gradients(dtype, dead):
     """Also where they are gathered for the tokens that have a gradient. In bits where they are kept
     as they are."""
     grads = []
     for keep_bytes in KEPT:
-        monkeypatch.setattr(op, "KEPT_BYTES", keep_bytes)
         batch = Batch(dtype)
         batch.advantages[list(dead)] = 0.0
         objective = PolicyObjective(entropy_coef=0.0 if dead else 0.01)
-        grads.append(torch.autograd.grad(batch.ours(objective).loss, batch.inputs()))
+        loss = batch.ours(objective, keep_bytes=keep_bytes).loss
+        grads.append(torch.autograd.grad(loss, batch.inputs()))
     for found in grads[:-1]:
         for name, a, b in zip(("hidden", "weight", "bias"), found, grads[-1]):
             if dtype != torch.bfloat16:
@@ -214,7 +227,7 @@ def test_kept_and_recomputed_logits_give_the_same_gradients(monkeypatch, dtype, 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
 @pytest.mark.parametrize("spread", [0.3, 3.0, 10.0])
-def test_kept_logits_cost_no_exactness(monkeypatch, spread, entropy_coef):
+def test_kept_logits_cost_no_exactness(spread, entropy_coef):
     """Against float64, gradients of bfloat16 inputs are as good with logits kept as with none."""
     random = torch.Generator().manual_seed(1)
     hidden = torch.randn(150, 64, generator=random)
@@ -232,8 +245,8 @@ def test_kept_logits_cost_no_exactness(monkeypatch, spread, entropy_coef):
     wants = torch.autograd.grad(loss, exact)
     errors = []
     for keep_bytes in (2**28, 0):
-        monkeypatch.setattr(op, "KEPT_BYTES", keep_bytes)
-        out = rlkern.linear_policy_loss(*leaves, targets, old, advantages, objective=objective)
+        given = {"objective": objective, "keep_bytes": keep_bytes}
+        out = rlkern.linear_policy_loss(*leaves, targets, old, advantages, **given)
         gots = torch.autograd.grad(out.loss, leaves)
         errors.append([(a.double() - b).norm() / b.norm() for a, b in zip(gots, wants)])
     for kept, recomputed in zip(*errors):
@@ -245,8 +258,6 @@ def test_the_memory_is_flat_in_the_vocabulary():
     code = """
 import sys, torch, rlkern
 from bench.memory import peak_growth
-from rlkern.ops import linear_policy_loss as op
-op.KEPT_BYTES = 2**25
 tokens, width, vocab = 256, 64, int(sys.argv[1])
 hidden = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
 weight = torch.randn(vocab, width, dtype=torch.bfloat16, requires_grad=True)
@@ -254,7 +265,7 @@ targets = torch.randint(vocab, (tokens,))
 old, advantages = torch.randn(tokens), torch.randn(tokens)
 def run():
     args = hidden, weight, targets, old, advantages
-    loss = rlkern.linear_policy_loss(*args, objective="dapo").loss
+    loss = rlkern.linear_policy_loss(*args, objective="dapo", keep_bytes=2**25).loss
     return torch.autograd.grad(loss, (hidden, weight))
 run()
 print(peak_growth(run) - weight.numel() * weight.element_size())

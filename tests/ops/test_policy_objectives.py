@@ -702,6 +702,19 @@ def test_gradient_tables(name, kernel):
 
 
 @every_kernel
+@pytest.mark.parametrize("bound", [0.4, 1.5, 2.0, 2.01, 7.0])
+def test_mhpo_of_any_bound(kernel, bound):
+    """The hazard's softplus has one formula up to c = 2 and another above."""
+    x = torch.linspace(-20.5, 20.5, 656)[None]
+    chosen = objective("mhpo", mhpo_c=bound)
+    live, old, one = x - 30, torch.full_like(x, -30.0), torch.ones(1)
+    loss, grad = kernel_run(kernel, chosen, live, old, one)
+    want = kernel_run("reference", chosen, live.double(), old.double(), one.double())
+    torch.testing.assert_close(loss.double(), want[0].double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double(), want[1].double(), rtol=1e-4, atol=1e-9)
+
+
+@every_kernel
 @pytest.mark.parametrize("name", VALUES)
 def test_value_tables(name, kernel):
     chosen = objective(name, loss_agg_mode="token-sum")
@@ -930,7 +943,19 @@ def test_likelihood_of_marked_tokens():
 
 
 @every_kernel
-def test_minpro_table(kernel):
+@pytest.mark.parametrize(
+    ("level", "mask", "want"),
+    [
+        ("prefix_min", [1, 1, 1, 1, 1, 1], (1.1, 0.99, 1.17, 0.8, 0.8, 1.0)),
+        ("prefix_min", [1, 1, 0, 1, 1, 1], (1.1, 0.99, 0.0, 0.8, 0.8, 1.0)),
+        # without the first two the third is the first
+        ("prefix_min", [0, 0, 1, 1, 1, 1], (0.0, 0.0, 1.28, 0.8, 0.8, 1.0)),
+        # "cap at one": before the second token 1, not 1.1
+        ("prefix_min_capped", [1, 1, 1, 1, 1, 1], (1.1, 0.90, 1.17, 0.8, 0.8, 1.0)),
+        ("prefix_min_capped", [1, 0, 1, 1, 1, 1], (1.1, 0.0, 1.28, 0.8, 0.8, 1.0)),
+    ],
+)
+def test_minpro_table(kernel, level, mask, want):
     """The product of the least ratio before a token and its own, clipped to [0.8, 1.28]."""
     rho = torch.tensor([1.10, 0.90, 1.30, 0.50, 1.05, 2.0])
     chosen = PolicyObjective.preset(
@@ -939,27 +964,26 @@ def test_minpro_table(kernel):
         epsilon_high=0.28,
         cispo_max_ratio=None,
         loss_agg_mode="token-sum",
+        importance_sampling_level=level,
     )
-    for mask, want in (
-        (None, (1.1, 0.99, 1.17, 0.8, 0.8, 1.0)),
-        ([1, 1, 0, 1, 1, 1], (1.1, 0.99, 0.0, 0.8, 0.8, 1.0)),
-        # without the first two the third is the first
-        ([0, 0, 1, 1, 1, 1], (0.0, 0.0, 1.28, 0.8, 0.8, 1.0)),
-    ):
-        live, old = rho.log()[None] - 3, torch.full((1, 6), -3.0)
-        keep = torch.ones(1, 6, dtype=torch.bool) if mask is None else torch.tensor([mask]).bool()
-        live = torch.where(keep, live, torch.nan)
-        _, grad = kernel_run(kernel, chosen, live, old, torch.ones(1), mask=keep)
-        torch.testing.assert_close(-grad[0], torch.tensor(want), rtol=1e-6, atol=1e-6)
+    live, old = rho.log()[None] - 3, torch.full((1, 6), -3.0)
+    keep = torch.tensor([mask]).bool()
+    live = torch.where(keep, live, torch.nan)
+    _, grad = kernel_run(kernel, chosen, live, old, torch.ones(1), mask=keep)
+    torch.testing.assert_close(-grad[0], torch.tensor(want), rtol=1e-6, atol=1e-6)
 
 
-def test_minpro_over_128k_tokens():
+@pytest.mark.parametrize("level", ["prefix_min", "prefix_min_capped"])
+@pytest.mark.parametrize("drift", [0.0, -0.001])
+def test_minpro_over_128k_tokens(level, drift):
     """The scan crosses chunks and threads; a new sequence begins anew."""
     generator = torch.Generator().manual_seed(0)
     lengths = [131072, 5, 4096, 40000]
     n = sum(lengths)
     live = -torch.rand(n, generator=generator)
-    x = 0.3 * torch.randn(n, generator=generator)
+    # each sequence begins above a ratio of 1; with a drift its minimum keeps falling
+    x = 0.3 * torch.randn(n, generator=generator) + drift * (torch.arange(n) % 4096)
+    x[torch.tensor([0, *lengths]).cumsum(0)[:-1]] = 0.5
     old = live - x
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     threads = torch.get_num_threads()
@@ -972,7 +996,9 @@ def test_minpro_over_128k_tokens():
             old,
             torch.ones(4),
             cu_seqlens=cu_seqlens,
-            objective=PolicyObjective.preset("minpro", loss_agg_mode="token-sum"),
+            objective=PolicyObjective.preset(
+                "minpro", loss_agg_mode="token-sum", importance_sampling_level=level
+            ),
         )
         grads.append(torch.autograd.grad(out.loss, leaf)[0])
     torch.set_num_threads(threads)
@@ -980,6 +1006,8 @@ def test_minpro_over_128k_tokens():
     for i, j in pairwise(cu_seqlens.tolist()):
         own = (live - old)[i:j]
         least = own.cummin(0).values
+        if level == "prefix_min_capped":
+            least = least.clamp(max=0)
         want = torch.cat([own[:1], own[1:] + least[:-1]]).clamp(-20, 20).exp().clamp(max=5)
         torch.testing.assert_close(-grads[0][i:j], want, rtol=1e-5, atol=1e-7)
 

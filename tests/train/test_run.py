@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -220,6 +221,41 @@ def test_leaving_out_zero_advantages_changes_no_gradient(tmp_path):
         found.append(next(r for r in metrics(folder) if r["phase"] == "rl"))
     assert 0 < found[0]["signal/groups"] < 1
     assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-4)
+
+
+def test_likelihood_of_correct_answers(tmp_path, monkeypatch):
+    """nll_weight marks the answers of at least algorithm.nll_reward, and moves the update."""
+    calls = []
+    policy_loss = rlkern.policy_loss
+
+    def spy(*args, **options):
+        calls.append((args[2], options["nll_weight"]))
+        return policy_loss(*args, **options)
+
+    monkeypatch.setattr(rlkern, "policy_loss", spy)
+    losses = []
+    for coefficient in (0.0, 0.5):
+        folder = tmp_path / str(coefficient)
+        changes = {"algorithm__options__nll_coef": coefficient, "algorithm__nll_reward": 0.9}
+        changes |= {"reward": "sample_rewards:distinct", "run__steps": 1, "optim__updates": 1}
+        assert cli.main(arguments(folder, **changes)) == 0
+        losses.append(next(r for r in metrics(folder) if r["phase"] == "rl"))
+    for advantages, correct in calls:
+        assert correct.dtype == torch.bool
+        assert 0 < correct.sum() < len(correct)
+        # within a group the better answers have the larger advantage
+        assert advantages[correct].mean() > advantages[~correct].mean()
+    plain, with_nll = losses
+    assert with_nll["loss"] > plain["loss"] + 0.01
+    assert with_nll["grad_norm"] != plain["grad_norm"]
+
+
+def test_an_objective_of_likelihood_trains(tmp_path):
+    changes = {"algorithm__objective": "aepo", "run__steps": 2}
+    assert cli.main(arguments(tmp_path / "run", **changes)) == 0
+    losses = [record["loss"] for record in metrics(tmp_path / "run") if record["phase"] == "rl"]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
 
 
 # ---- failures ----

@@ -403,21 +403,27 @@ def _chunks(
     """The logits by vocabulary, then by rows: those of the first columns in `kept`, where they may
     have been multiplied out before, the others each in the same buffer."""
     hidden, weight, vocab = head.hidden, head.weight, scalars.vocab_size
-    done = 0 if kept is None else kept.shape[1]
-    if done and hidden.shape[0]:
-        if not multiplied_out:
+    tokens, done = hidden.shape[0], 0 if kept is None else kept.shape[1]
+    count, width = _buffer_shape(head, vocab)
+    rows = [slice(begin, begin + count) for begin in range(0, tokens, max(1, count))]
+    if done and not multiplied_out:
+        if tokens:
             multiply(hidden, weight[:done], kept, head.batch_invariant)
-        yield Chunk(slice(0, hidden.shape[0]), 0, kept)
+            yield Chunk(slice(0, tokens), 0, kept)
+    else:
+        # what is made of one chunk is in the way of the next: none is larger for being kept
+        for first in range(0, done, width):
+            for part in rows:
+                yield Chunk(part, first, kept[part, first : first + width])
     if done == vocab:
         return
-    count, width = _buffer_shape(head, vocab)
     buffer = hidden.new_empty((count * width,), dtype=torch.float32)
     for first in range(done, vocab, width):
         entries = weight[first : min(first + width, vocab)]
-        for begin in range(0, hidden.shape[0], max(1, count)):
-            part = slice(begin, min(begin + count, hidden.shape[0]))
-            logits = _block(buffer, (part.stop - begin, entries.shape[0]))
-            multiply(hidden[part], entries, logits, head.batch_invariant)
+        for part in rows:
+            mine = hidden[part]
+            logits = _block(buffer, (mine.shape[0], entries.shape[0]))
+            multiply(mine, entries, logits, head.batch_invariant)
             yield Chunk(part, first, logits)
 
 

@@ -11,8 +11,8 @@ from rlkern.ops._logprob import Scalars
 from rlkern.ops.policy_loss import PolicyObjective, policy_loss
 
 _OP = "linear_policy_loss"
-# Of logits, kept from forward to backward; the others are multiplied out a second time.
-KEPT_BYTES = 2**28
+# Of logits, by default: all of those of 2048 tokens and the largest vocabularies of today.
+KEEP_BYTES = 2**30
 
 
 class LinearPolicyLossOutput(NamedTuple):
@@ -65,6 +65,7 @@ def linear_policy_loss(
     vocab_mask: Tensor | None = None,
     logits_rounding: str | None = None,
     weight_grad: Tensor | None = None,
+    keep_bytes: int = KEEP_BYTES,
 ) -> LinearPolicyLossOutput:
     """policy_loss of linear_logprob's log-probs and entropies, and its gradients at once.
 
@@ -73,10 +74,10 @@ def linear_policy_loss(
 
     is the equivalent program; loss, metrics, logprob and entropy have its bits on CPU. That program
     takes four matmuls: its backward multiplies the logits out again, for only then does it know
-    the gradient of the log-probs. This op knows the loss: it keeps logits, 256 MiB of them at most,
-    until the loss has given their gradient, and multiplies out again only what is left of T V.
-    Three matmuls where that is nothing. Tokens whose gradient is exactly 0 (clipped, advantage 0)
-    drop out of all but the first, on CPU.
+    the gradient of the log-probs. This op knows the loss: it keeps logits, keep_bytes of them at
+    most, until the loss has given their gradient, and multiplies out again only what is left of
+    T V. Three matmuls where that is nothing. Tokens whose gradient is exactly 0 (clipped,
+    advantage 0) drop out of all but the first, on CPU.
 
     Beside the gradients, what exists depends on T and H but not on V: the kept logits, and float32
     sums and packed copies of the tokens.
@@ -89,6 +90,9 @@ def linear_policy_loss(
             nll_weight, cu_segments, normalizer: as policy_loss, packed.
         weight_grad: (V, H) float32, contiguous: the gradient of weight is added to it in this call,
             for an upstream gradient of 1, and weight.grad stays as it is (Megatron's main_grad).
+        keep_bytes: how much memory kept logits may take: speed for memory. A logit takes 4 bytes,
+            and 2.5 where the inputs are bfloat16 on a CPU with AVX512-BF16; T V of them make it
+            three matmuls, 0 keeps none and makes it four.
 
     Returns:
         LinearPolicyLossOutput; loss is differentiable with respect to hidden, weight and bias. The
@@ -122,6 +126,11 @@ def linear_policy_loss(
         _check.same_device(_OP, "weight_grad", weight_grad, "hidden", hidden.device)
         if not weight_grad.is_contiguous():
             _check.fail(_OP, "weight_grad", "to be contiguous", weight_grad.stride())
+    if isinstance(keep_bytes, bool) or not isinstance(keep_bytes, int):
+        kind = type(keep_bytes).__name__
+        raise TypeError(f"{_OP}: expected keep_bytes to be an int, got {kind}")
+    if keep_bytes < 0:
+        _check.fail(_OP, "keep_bytes", "to be at least 0", keep_bytes)
     trains = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
@@ -133,8 +142,9 @@ def linear_policy_loss(
     )
     # no top-k, batch-invariant where that is a choice, the kernel's own chunks of vocabulary
     how = (*scalars, 0, False, 0)
-    keep_bytes = KEPT_BYTES if trains else 0
-    *stats, kept = torch.ops.rlkern.linear_logprob_fwd_keep(*head, *how, keep_bytes)
+    *stats, kept = torch.ops.rlkern.linear_logprob_fwd_keep(
+        *head, *how, keep_bytes if trains else 0
+    )
     logprob, logsumexp, entropy = stats[:3]
 
     # what the loss is differentiated by

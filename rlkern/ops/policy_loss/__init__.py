@@ -158,9 +158,7 @@ def policy_loss(
     if objective.selection is not None:
         advantages, penalised = select(objective, live, old, advantages, cu_seqlens, mask, h)
         advantages, ref = advantages.contiguous(), ref if penalised is None else penalised
-    loss, metrics = PolicyLoss.apply(
-        live,
-        h,
+    rest = (
         old,
         advantages,
         _plain(cu_seqlens, None),
@@ -172,6 +170,7 @@ def policy_loss(
         list(kinds),
         list(numbers),
     )
+    loss, metrics = PolicyLoss.apply(live, h, rest)
     if isinstance(normalizer, Tensor):
         loss = loss / normalizer
     named = dict(zip(METRICS, metrics.unbind()))

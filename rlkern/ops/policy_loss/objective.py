@@ -17,7 +17,15 @@ from rlkern.ops.policy_loss.reference import (
 
 _OP = "PolicyObjective"
 
-LEVELS = ("token", "sequence", "product", "segment", "prefix_min", "prefix_mean")
+LEVELS = (
+    "token",
+    "sequence",
+    "product",
+    "segment",
+    "prefix_min",
+    "prefix_min_capped",
+    "prefix_mean",
+)
 SURROGATES = tuple(function.__name__ for function, _ in reference.SURROGATES)
 ANCHORS = ("old", "rollout")
 CORRECTIONS = ("token", "sequence", "geometric")
@@ -125,6 +133,7 @@ class PolicyObjective:
             product      the sum of x over the sequence (VESPO, FSPO)
             segment      the mean of x over the token's segment (Rank-GRPO): give cu_segments
             prefix_min   x + the least x of the tokens before it (MinPRO); x for the first
+            prefix_min_capped   the same with at most 0 as the least: no prefix raises a ratio
             prefix_mean  the mean of x up to this token (PNPO)
         surrogate: docs/ops/policy_loss.md has all formulas.
             clip         -min(r A, clip(r) A): PPO, GRPO, GSPO

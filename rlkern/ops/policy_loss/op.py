@@ -51,12 +51,8 @@ class PolicyLoss(torch.autograd.Function):
     """(loss, metrics); the forward pass has the gradient already, up to the upstream scalar."""
 
     @staticmethod
-    def forward(
-        ctx,
-        logprob: Tensor,
-        entropy: Tensor | None,
-        *rest,
-    ):
+    def forward(ctx, logprob: Tensor, entropy: Tensor | None, rest: tuple):
+        # rest in one piece: autograd looks at each argument of its own
         # float64 is for checking formulas: the reference alone computes in it
         double = logprob.dtype == torch.float64
         run = reference.forward if double else torch.ops.rlkern.policy_loss_fwd
@@ -72,11 +68,11 @@ class PolicyLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, _):
         if grad_loss is None:
-            return (None,) * 12
+            return None, None, None
         grads = ctx.saved_tensors
         # loss.backward() passes 1: no pass over the tokens. Looking would stall a GPU.
         plain = type(grad_loss) is Tensor and grad_loss.is_cpu and not torch.compiler.is_compiling()
+        wanted = ctx.needs_input_grad
         if not plain or grad_loss.item() != 1.0:
-            grads = [c * grad_loss if w else c for c, w in zip(grads, ctx.needs_input_grad)]
-        wanted = [c if w else None for c, w in zip(grads, ctx.needs_input_grad)]
-        return (*wanted, *(None,) * 10)
+            grads = [c * grad_loss if w else c for c, w in zip(grads, wanted)]
+        return *(c if w else None for c, w in zip(grads, wanted)), None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # The codes of the schema's `kinds`.
 NOTHING, TOKENS, FILLED_SEQUENCES, ALL_SEQUENCES = range(4)
-LEVELS = ("token", "sequence", "product", "prefix_min", "prefix_mean")
+LEVELS = ("token", "sequence", "product", "prefix_min", "prefix_mean", "prefix_min_capped")
 CORRECTIONS = (None, "token", "sequence", "geometric")
 KL_TYPES = ("k1", "k2", "k3", "abs", "k1+", "k3+")
 SUM, MEAN, MAX = 1, 2, 3
@@ -496,11 +496,13 @@ def _level(
         else:
             own = own * lengths[sequence]
         value = value[sequence]
-    elif level == "prefix_min":
+    elif level in ("prefix_min", "prefix_min_capped"):
         value = held.clone()
         for i in sequence[valid].unique().tolist():
             here = ((sequence == i) & valid).nonzero().flatten()
             least = held[here].cummin(0).values[:-1]
+            if level == "prefix_min_capped":
+                least = least.clamp(max=0.0)
             value[here[1:]] += least
     else:
         value = held.clone()

@@ -180,7 +180,8 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
             yield name, make.packed(30, 0, 26, 3, rollout=True, **options)
         else:
             yield f"{name}, padded", make.padded(5, 20, rollout=True, **FULL, **options)
-    for level, name in ((3, "prefix minimum"), (4, "prefix mean")):
+    prefixes = ((3, "prefix minimum"), (4, "prefix mean"), (5, "capped prefix minimum"))
+    for level, name in prefixes:
         options = CISPO | {"level": level, "p1": 1.1}
         yield name, make.packed(40, 0, 1, 2500, 9, **options)
         yield f"{name}, padded", make.padded(4, 37, rollout=True, from_rollout=1, **options)

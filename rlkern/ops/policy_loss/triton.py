@@ -51,7 +51,7 @@ STATISTIC, CORRECTION, DRIFTED, KL_MEAN = (tl.constexpr(i) for i in range(4))
 NUM_STATS = tl.constexpr(4)
 
 BY_TOKENS, BY_FILLED, BY_ALL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-BY_SEQUENCE, BY_PRODUCT, BY_MIN, BY_MEAN = (tl.constexpr(i) for i in range(1, 5))
+BY_SEQUENCE, BY_PRODUCT, BY_MIN, BY_MEAN, BY_MIN_CAPPED = (tl.constexpr(i) for i in range(1, 6))
 OF_TOKEN, OF_SEQUENCE, GEOMETRIC_MEAN = (tl.constexpr(i) for i in range(1, 4))
 MEAN, MAX = tl.constexpr(2), tl.constexpr(3)
 K1, K2, K3, ABS, K1_PLUS, K3_PLUS = (tl.constexpr(i) for i in range(6))
@@ -232,7 +232,7 @@ def _sequence_kernel(
     kl_total = tl.zeros((BLOCK_T,), tl.float32)
     most = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     # of the prefix: the least x, or the sum of x and the number of tokens
-    carry = tl.full((1,), float("inf"), tl.float32)
+    carry = tl.full((1,), 0.0 if LEVEL == BY_MIN_CAPPED else float("inf"), tl.float32)
     carry_sum = tl.zeros((1,), tl.float64)
     carry_count = tl.zeros((1,), tl.int32)
     for base in range(begin, end, BLOCK_T):
@@ -272,7 +272,7 @@ def _sequence_kernel(
                     a = tl.load(advantages + i) + tl.zeros((BLOCK_T,), tl.float32)
                 x = tl.where((a > 0) & (x > p1), p1, tl.where((a < 0) & (x < p0), p0, x))
                 x = tl.where(a == 0, 0.0, x)
-            if LEVEL == BY_MIN:
+            if (LEVEL == BY_MIN) | (LEVEL == BY_MIN_CAPPED):
                 # what stands before a token: the scan of x moved by one
                 earlier = (position > base) & (position <= end)
                 if mask is not None:
@@ -512,7 +512,7 @@ def _token_kernel(
         weight_of_token = tl.where((advantage < 0) & (drifted > 0), 0.0, weight_of_token)
     x = live - old
     z = x
-    if (LEVEL == BY_MIN) | (LEVEL == BY_MEAN):
+    if LEVEL >= BY_MIN:
         z = tl.load(prefixes + position, mask=counts, other=0.0)
     elif cu_segments is not None:
         z = tl.where(counts, of_segment, 0.0)
@@ -693,7 +693,7 @@ def forward(
     couples_kl = do.kl_times_ratio and do.level == BY_SEQUENCE.value and ref_logprob is not None
     # whether a position, or four numbers for every sequence, need 64 bits
     wide = max(num_tokens, 4 * num_sequences) + SEQUENCE_BLOCK >= 2**31
-    prefixes = empty(num_tokens) if do.level in (BY_MIN.value, BY_MEAN.value) else None
+    prefixes = empty(num_tokens) if do.level >= BY_MIN.value else None
 
     def statistics(offsets: Tensor | None, count: int, own: bool) -> tuple[Tensor, Tensor]:
         """own: of sequences, with everything that corrects them; else the log-ratio alone."""

@@ -26,6 +26,11 @@ struct Lanes {
   static RLK_HD F unless(Mask mask, F x) { return Bits<F>::from(Bits<F>::of(x) & ~mask); }
   static RLK_HD F lesser(F x, F y) { return x < y ? x : y; }
   static RLK_HD F greater(F x, F y) { return x > y ? x : y; }
+  static RLK_HD F times(Mask mask, F x, F y) { return where(mask, x * y); }
+  static RLK_HD F add(Mask mask, F sum, F x) { return sum + where(mask, x); }
+  static RLK_HD F add(Mask mask, F sum, F x, F y) { return sum + where(mask, x * y); }
+  static RLK_HD F lesser(Mask mask, F x, F y) { return lesser(select(mask, x, y), y); }
+  static RLK_HD F greater(Mask mask, F x, F y) { return greater(select(mask, x, y), y); }
   static RLK_HD F root(F x) {
     for (unsigned i = 0; i < sizeof(F) / sizeof(float); ++i) x[i] = __builtin_sqrtf(x[i]);
     return x;
@@ -36,6 +41,7 @@ struct Lanes {
     for (unsigned i = 0; i < sizeof(F) / sizeof(float); ++i) sum += tally[i];
     return sum;
   }
+  static RLK_HD bool any(Mask mask) { return total(mask) != 0; }
 };
 
 template <>
@@ -52,6 +58,13 @@ struct Lanes<float> {
   static RLK_HD float unless(Mask mask, float x) { return mask ? 0.0f : x; }
   static RLK_HD float lesser(float x, float y) { return x < y ? x : y; }
   static RLK_HD float greater(float x, float y) { return x > y ? x : y; }
+  static RLK_HD float times(Mask mask, float x, float y) { return where(mask, x * y); }
+  static RLK_HD float add(Mask mask, float sum, float x) { return sum + where(mask, x); }
+  static RLK_HD float add(Mask mask, float sum, float x, float y) {
+    return sum + where(mask, x * y);
+  }
+  static RLK_HD float lesser(Mask mask, float x, float y) { return mask && x < y ? x : y; }
+  static RLK_HD float greater(Mask mask, float x, float y) { return mask && x > y ? x : y; }
   static RLK_HD float root(float x) { return std::sqrt(x); }
   static RLK_HD void count(Tally& tally, Mask mask) { tally -= mask; }
   static RLK_HD int64_t total(Tally tally) { return tally; }
@@ -109,6 +122,28 @@ RLK_HD F lesser(F x, F y) {
 template <class F>
 RLK_HD F greater(F x, F y) {
   return Lanes<F>::greater(x, y);
+}
+// What a mask is set for, in one instruction where there are registers of masks: x y, else 0;
+// sum + x and sum + x y, else sum; the lesser or greater of x and y, else y, also where x is NaN.
+template <class F>
+RLK_HD F times_where(Mask<F> mask, F x, F y) {
+  return Lanes<F>::times(mask, x, y);
+}
+template <class F>
+RLK_HD F add_where(Mask<F> mask, F sum, F x) {
+  return Lanes<F>::add(mask, sum, x);
+}
+template <class F>
+RLK_HD F add_where(Mask<F> mask, F sum, F x, F y) {
+  return Lanes<F>::add(mask, sum, x, y);
+}
+template <class F>
+RLK_HD F lesser_where(Mask<F> mask, F x, F y) {
+  return Lanes<F>::lesser(mask, x, y);
+}
+template <class F>
+RLK_HD F greater_where(Mask<F> mask, F x, F y) {
+  return Lanes<F>::greater(mask, x, y);
 }
 // clip(x, low, high); NaN stays NaN
 template <class F>

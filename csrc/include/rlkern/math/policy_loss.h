@@ -14,7 +14,14 @@ namespace rlkern {
 
 // The schema's `denominator`, and its level: LEVELS in reference.py.
 enum class Denominator : int { kNothing, kTokens, kFilledSequences, kAllSequences };
-enum class Level : int { kToken, kSequence, kProduct, kPrefixMin, kPrefixMean };
+enum class Level : int {
+  kToken,
+  kSequence,
+  kProduct,
+  kPrefixMin,
+  kPrefixMean,
+  kPrefixMinCapped,
+};
 
 // The schema's `kinds` and `numbers`, in the order of Kinds and Numbers in reference.py.
 constexpr int kNumKinds = 13;
@@ -92,7 +99,7 @@ struct PolicyParams {
   bool limits_drift() const { return off_policy_limit != INFINITY; }
   bool rejects() const { return token_rejection != 0 || sequence_rejection != 0; }
   bool by_statistic() const { return level == Level::kSequence || level == Level::kProduct; }
-  bool by_prefix() const { return level == Level::kPrefixMin || level == Level::kPrefixMean; }
+  bool by_prefix() const { return level >= Level::kPrefixMin; }
   bool couples_kl() const { return kl_times_ratio && level == Level::kSequence; }
 };
 
@@ -128,6 +135,12 @@ struct PolicyStats {
   Tally<F> count[kNumPolicyCounts] = {};
   F least = F{} + INFINITY;
   F most = F{} - INFINITY;
+
+  // x, or x y, of the tokens that count
+  template <class... X>
+  RLK_HD void add(PolicySum which, Mask<F> counts, X... x) {
+    sum[which] = add_where(counts, sum[which], x...);
+  }
 };
 
 // where the token alone is rejected
@@ -149,8 +162,8 @@ RLK_HD F policy_correction(const PolicyParams& p, const PolicyInput<F>& in, Mask
   else if (p.correction != Correction::kNone)
     w = in.correction;
   if (p.limits_drift()) w = unless(is_above(F{}, in.advantage * in.drifted), w);
-  stats.sum[kCorrectionSum] += where(counts, w);
-  stats.sum[kCorrectionSquareSum] += where(counts, w * w);
+  stats.add(kCorrectionSum, counts, w);
+  stats.add(kCorrectionSquareSum, counts, w, w);
   return w;
 }
 
@@ -185,18 +198,18 @@ RLK_HD F policy_surrogate(const PolicyParams& p, const PolicyInput<F>& in, bool 
     s.loss = times(in.correction, s.loss);
     s.grad = times(in.correction, s.grad);
   }
-  stats.sum[kLossSum] += where(counts, in.weight * s.loss);
-  stats.sum[kOldKlSum] -= where(counts, t.decided);
-  stats.sum[kRatioSum] += where(counts, t.r);
+  stats.add(kLossSum, counts, in.weight, s.loss);
+  stats.add(kOldKlSum, counts, -t.decided);
+  stats.add(kRatioSum, counts, t.r);
   if (kKind == SurrogateKind::kQuadratic)
-    stats.sum[kRatioVarianceSum] += where(counts, (t.r - 1.0f) * (t.r - 1.0f));
-  stats.least = lesser(select(counts, t.r, stats.least), stats.least);
-  stats.most = greater(select(counts, t.r, stats.most), stats.most);
+    stats.add(kRatioVarianceSum, counts, t.r - 1.0f, t.r - 1.0f);
+  stats.least = lesser_where(counts, t.r, stats.least);
+  stats.most = greater_where(counts, t.r, stats.most);
   Lanes<F>::count(stats.count[kTokens], counts);
   Lanes<F>::count(stats.count[kLow], counts & s.low);
   Lanes<F>::count(stats.count[kHigh], counts & s.high);
   Lanes<F>::count(stats.count[kCapped], counts & s.capped);
-  return where(counts, in.weight * s.grad);
+  return times_where(counts, in.weight, s.grad);
 }
 
 // The same of the KL term.
@@ -211,11 +224,11 @@ RLK_HD F policy_kl(const PolicyParams& p, const PolicyInput<F>& in, Mask<F> coun
     kl.grad = t.r * (kl.grad + unless(is_past(t), mean));
     kl.value *= t.r;
   }
-  stats.sum[kKlSum] += where(counts, kl.value);
+  stats.add(kKlSum, counts, kl.value);
   if (p.kl_coef == 0.0f) return F{};
   const F weight = in.weight * p.kl_coef;
-  stats.sum[kLossSum] += where(counts, weight * kl.value);
-  return where(counts, weight * kl.grad);
+  stats.add(kLossSum, counts, weight, kl.value);
+  return times_where(counts, weight, kl.grad);
 }
 
 // The same of the likelihood term.
@@ -223,8 +236,8 @@ template <class F>
 RLK_HD F policy_nll(const PolicyParams& p, const PolicyInput<F>& in, Mask<F> counts,
                     PolicyStats<F>& stats) {
   const F weight = in.weight * p.nll_coef;
-  stats.sum[kLossSum] -= where(counts, weight * times(in.nll_weight, in.logprob));
-  return where(counts, -(weight * in.nll_weight));
+  stats.add(kLossSum, counts, -weight, times(in.nll_weight, in.logprob));
+  return times_where(counts, -weight, in.nll_weight);
 }
 
 // The same of the entropy term; d loss / d entropy.
@@ -232,7 +245,7 @@ template <class F>
 RLK_HD F policy_entropy(const PolicyParams& p, const PolicyInput<F>& in, Mask<F> counts,
                         PolicyStats<F>& stats) {
   const F h = in.entropy;
-  stats.sum[kEntropySum] += where(counts, h);
+  stats.add(kEntropySum, counts, h);
   if (!p.has_entropy_term()) return F{};
   const Mask<F> free = is_above(F{} + p.entropy_from, h);
   const F loss = unless(free, p.entropy_low_coef * at_least_zero(p.entropy_low - h) +
@@ -242,8 +255,8 @@ RLK_HD F policy_entropy(const PolicyParams& p, const PolicyInput<F>& in, Mask<F>
       unless(free, where(is_above(h, F{} + p.entropy_high), F{} + p.entropy_high_coef) -
                        where(is_above(F{} + p.entropy_low, h), F{} + p.entropy_low_coef)) -
       p.entropy_coef;
-  stats.sum[kLossSum] += where(counts, in.weight * loss);
-  return where(counts, in.weight * grad);
+  stats.add(kLossSum, counts, in.weight, loss);
+  return times_where(counts, in.weight, grad);
 }
 
 // Sums over the tokens of a sequence that count.

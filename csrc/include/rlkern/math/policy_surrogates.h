@@ -70,7 +70,7 @@ RLK_HD F at_least_zero(F x) {
 // a u, and 0 where a is 0 whatever u is
 template <class F>
 RLK_HD F times(F a, F u) {
-  return where(differs(a, F{}), a * u);
+  return times_where(differs(a, F{}), a, u);
 }
 // where the log-ratio was clamped
 template <class F>
@@ -126,19 +126,28 @@ RLK_HD F power(F x, float k) {
   return exp(k * log(x));
 }
 
+// The mean of softplus(x) and softplus(-x), log(2 cosh(x / 2)), for 0 <= x <= limit.
+template <class F>
+RLK_HD F softplus_mean(F x, float limit) {
+  if (limit > 2.0f) return 0.5f * x + log(1.0f + exp_decay(-x));
+  // minimax in x^2 on [0, 4]: within 1e-8
+  const F u = x * x, square = u * u;
+  const F low = u * 1.2499977e-1f + 6.9314718e-1f, middle = u * 3.4566270e-4f - 5.2073533e-3f;
+  const F high = u * 1.6306111e-6f - 2.5142672e-5f;
+  return ((square * -6.2557362e-8f + high) * square + middle) * square + low;
+}
+
 template <class F>
 RLK_HD Surrogate<F> hazard(const PolicyToken<F>& t, const float* p) {
   // tanh from exp(-2 |z / c|): its square tells 1 - tanh^2 apart from 0 far out
   const F y = t.z * (1.0f / p[0]);
   const Mask<F> negative = is_above(F{}, y);
   const F e = exp_decay(-2.0f * select(negative, -y, y)), q = 1.0f / (1.0f + e);
-  const F size = p[0] * (1.0f - e) * q;
-  // softplus of psi and of -psi, from log(1 + exp(-|psi|))
-  const F tail = log(1.0f + exp_decay(-size));
-  const F up = unless(negative, size) + tail, down = where(negative, size) + tail;
+  const F size = p[0] * (1.0f - e) * q, psi = select(negative, -size, size);
+  // softplus of psi and of -psi
+  const F mean = softplus_mean(size, p[0]), up = mean + 0.5f * psi, down = mean - 0.5f * psi;
   const F zeta = power(up * (1.0f / p[2]), p[1]) + power(down * (1.0f / p[4]), p[3]);
-  const F value = p[5] * exp_normal(bounded(select(negative, -size, size) - zeta, F{} - kExpNormal,
-                                            F{} + kExpNormal));
+  const F value = p[5] * exp_normal(bounded(psi - zeta, F{} - kExpNormal, F{} + kExpNormal));
   const F k = unless(is_past(t), value * (4.0f * e * q * q));
   return smooth<F>(times(-t.a, value), times(-t.a, k));
 }
