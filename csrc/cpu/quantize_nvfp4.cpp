@@ -133,8 +133,8 @@ struct Blocks {
       return (V)(part == 0 ? words[word] << 16 : words[word] & ~0xFFFF);
     return widen_half<V>(part == 0 ? words[word] << 16 : words[word]);
   }
-  RLK_HD V magnitude(int word, int part) const {
-    return Bits<V>::from(magnitudes(element(word, part)));
+  RLK_HD V magnitude(int e) const {
+    return Bits<V>::from(magnitudes(element(e / kPerWord, e % kPerWord)));
   }
 };
 
@@ -231,7 +231,7 @@ RLK_HD void count(const Blocks<V, T>& x, V factor, V step, float decode,
   if (previous) changed = codes.changes(previous);
   V squared_error{}, squared{};
   for (int e = 0; e < kBlock; ++e) {
-    const V w = x.magnitude(e / x.kPerWord, e % x.kPerWord);
+    const V w = x.magnitude(e);
     const I bits = Bits<V>::of(w), scaled = magnitudes(nvfp4_scaled<recipe>(w, factor));
     const I code = ((e < 8 ? codes.low : codes.high) >> (4 * (e % 8))) & 7;
     saturated -= (scaled > kLargestE2m1Bits) & (scaled <= kInfinityBits);
@@ -249,38 +249,6 @@ RLK_HD void count(const Blocks<V, T>& x, V factor, V step, float decode,
   }
 }
 
-// One of the two ways to encode blocks: by a scale that makes the largest element 6 or 4.
-template <class V>
-struct Candidate {
-  typename Narrow<V>::Ints scale;
-  V step, factor, error;
-
-  template <Nvfp4Recipe recipe>
-  static RLK_HD Candidate of(V raw, Nvfp4Global global) {
-    const auto scale = e4m3<V>(raw);
-    const V step = from_e4m3<V>(scale);
-    return {scale, step, te_factor<recipe>(step, global), V{}};
-  }
-  // The error of elements of magnitude w: of -w it is the same.
-  template <bool kSquares>
-  RLK_HD V error_of(V w, float amax) const {
-    const auto a = at_most(Bits<V>::of(w * factor), kLargestE2m1Bits);
-    const V off = NearestE2m1<V>::of(a).value() * step * amax / 1536.0f - w;
-    return kSquares ? off * off : Bits<V>::from(magnitudes(off));
-  }
-  // From left to right; with kByHalves those of elements i and i + 8 first.
-  template <bool kSquares, bool kByHalves, class T>
-  RLK_HD void add_errors(const Blocks<V, T>& x, float amax) {
-    constexpr int kHalf = Blocks<V, T>::kWords / 2;
-    for (int i = 0; i < (kByHalves ? kHalf : x.kWords); ++i)
-      for (int part = 0; part < x.kPerWord; ++part) {
-        V term = error_of<kSquares>(x.magnitude(i, part), amax);
-        if constexpr (kByHalves) term += error_of<kSquares>(x.magnitude(i + kHalf, part), amax);
-        error += term;
-      }
-  }
-};
-
 // What all blocks share.
 struct Tensorwide {
   Nvfp4Global global;
@@ -297,9 +265,6 @@ struct Sweep {
   Counts* counts;
 };
 
-// Errors of four over six: none (one candidate alone), squares or magnitudes.
-enum Rule : int64_t { kNone, kSquares, kMagnitudes };
-
 // All ones where x < y.
 template <class V>
 RLK_HD auto lanes_below(V x, V y) {
@@ -309,7 +274,7 @@ RLK_HD auto lanes_below(V x, V y) {
 }
 
 // `rows` rows of as many blocks as V has lanes, which share their scales along columns of blocks.
-template <class V, Nvfp4Recipe recipe, Rule rule, class T>
+template <class V, Nvfp4Recipe recipe, Nvfp4Rule rule, class T>
 RLK_HD void quantize_lanes(const T* w, int64_t rows, int64_t columns, const Tensorwide& all,
                            const Sweep& sweep, int64_t blocks_apart, int64_t live, uint8_t* codes,
                            uint8_t* scales) {
@@ -355,7 +320,7 @@ RLK_HD void quantize_lanes(const T* w, int64_t rows, int64_t columns, const Tens
 }
 
 // `count` blocks side by side; fewer than a register holds are padded with zeros.
-template <class V, Nvfp4Recipe recipe, Rule rule, class T>
+template <class V, Nvfp4Recipe recipe, Nvfp4Rule rule, class T>
 RLK_HD void quantize_strip(const T* w, int64_t rows, int64_t columns, int64_t count,
                            const Tensorwide& all, const Sweep& strip, uint8_t* codes,
                            uint8_t* scales) {
