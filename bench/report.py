@@ -110,6 +110,8 @@ def markdown(name: str, document: Path) -> str:
             parts.append(_weight_sync(path, saved, document))
         elif saved.get("kind") == "kernel_resources":
             parts.append(_kernel_resources(path, saved, document))
+        elif saved.get("kind") == "cuda_resources":
+            parts.append(_cuda_resources(path, saved, document))
         else:
             raise SystemExit(f"{path.relative_to(ROOT)}: no table is known for such a result")
     return "\n".join(parts) if parts else "Not measured yet.\n"
@@ -292,6 +294,29 @@ def _kernel_resources(path: Path, saved: dict, document: Path) -> str:
     return "\n".join(
         [*lines, "", f"A block may have 255 registers a thread and, of memory: {named}.", ""]
     )
+
+
+def _cuda_resources(path: Path, saved: dict, document: Path) -> str:
+    """A line a kernel and dtype: registers, shared memory and conversions on each architecture."""
+    versions = ", ".join(f"{name} {number}" for name, number in saved["versions"].items())
+    link = os.path.relpath(path, document.parent)
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in saved["rows"]:
+        found.setdefault((row["kernel"], row["dtype"]), {})[row["arch"]] = row
+    archs = sorted({row["arch"] for row in saved["rows"]}, key=lambda a: int(a.rstrip("af")))
+    lines = [f"{versions}. From [{path.name}]({link}): `{saved['command']}`.", ""]
+    lines += _head(["kernel", "dtype", "compiled", *(f"sm_{arch}" for arch in archs), "spilled"])
+    for (kernel, dtype), rows in found.items():
+        cells = []
+        for arch in archs:
+            row = rows[arch]
+            converts = "".join(f", cvt {kind}" for kind in row["conversions"])
+            cells.append(f"{row['registers']}, {row['shared_bytes']:,} B{converts}")
+        count = max(row["specialisations"] for row in rows.values())
+        spilled = max(row["local_bytes"] for row in rows.values())
+        name = kernel.removesuffix("_kernel")
+        lines.append(_line([name, dtype, str(count), *cells, f"{spilled} B"]))
+    return "\n".join([*lines, ""])
 
 
 def _source(path: Path, saved: dict, document: Path) -> str:

@@ -1,8 +1,7 @@
-"""CUDA C++ kernels without a GPU: run thread by thread on the CPU against the reference, and compiled
-for the GPUs that they are for, with the instructions, registers and spills read off."""
+"""CUDA C++ kernels without a GPU: run thread by thread on the CPU against the reference; and what nvcc
+made of them for the GPUs that they are for: instructions, spills."""
 
 import ctypes
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +13,7 @@ from ops.test_quantize_fp8 import awkward as awkward_fp8
 from ops.test_quantize_nvfp4 import awkward as awkward_nvfp4
 from torch.utils import cpp_extension
 
+from rlkern import _native
 from rlkern.ops.quantize_fp8 import reference as fp8
 from rlkern.ops.quantize_fp8 import samples as fp8_samples
 from rlkern.ops.quantize_nvfp4 import reference as nvfp4
@@ -147,3 +147,17 @@ def test_nvfp4_writes_the_bytes_of_the_reference(kernels, dtype):
         assert_same_bits(f"{name} codes", ours[0], want[0])
         torch.testing.assert_close(ours[2], want[2], rtol=0, atol=0, equal_nan=True, msg=name)
         checks.assert_same_counts(name, ours[3], want[3])
+
+
+@pytest.mark.parametrize("arch", ["90a", "100a"])
+def test_compiled_kernels_convert_by_instruction_and_spill_nothing(arch):
+    library = _native.path_of("_C_cuda")
+    tools = pytest.importorskip("rlkern.testing.cuda_resources", reason="triton has cuobjdump")
+    if library is None or arch not in tools.archs_of(library):
+        pytest.skip(f"_C_cuda was not built for {arch}")
+    rows = tools.resources(library, arch)
+    assert {row["local_bytes"] for row in rows} == {0}
+    converts = {"fp8": {"E4M3"}, "nvfp4": {"E2M1"} if arch == "100a" else set()}
+    for row in rows:
+        kinds = converts.get(row["kernel"].split("_")[0], set())
+        assert set(row["conversions"]) == kinds, row
