@@ -1,5 +1,5 @@
-"""CUDA C++ kernels without a GPU: run thread by thread on the CPU against the reference; and what nvcc
-made of them for the GPUs that they are for: instructions, spills."""
+"""CUDA C++ kernels without a GPU: run thread by thread on the CPU against the reference; and what
+nvcc made of them for the GPUs that they are for: instructions, spills."""
 
 import ctypes
 import shutil
