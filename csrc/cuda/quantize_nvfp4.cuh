@@ -76,10 +76,16 @@ template <Nvfp4Recipe recipe, bool kOfSquares, class T>
 __device__ Nvfp4Scale four_over_six(const Chunk<T>& x, float b, float amax,
                                     const Nvfp4Global& global) {
   const float raw = b / 6.0f * global.encode;
-  auto six = Candidate<float>::of<recipe>(raw, global);
-  auto four = Candidate<float>::of<recipe>(raw * 1.5f, global);
-  six.template add_errors<kOfSquares, recipe == kFouroversix>(x, amax);
-  four.template add_errors<kOfSquares, recipe == kFouroversix>(x, amax);
+  auto six = Candidate<float>::of<recipe>(raw, amax, global);
+  auto four = Candidate<float>::of<recipe>(raw * 1.5f, amax, global);
+  constexpr bool kByHalves = recipe == kFouroversix;
+  if (is_usual(amax)) {
+    six.template add_errors<kOfSquares, kByHalves, true>(x, amax);
+    four.template add_errors<kOfSquares, kByHalves, true>(x, amax);
+  } else {
+    six.template add_errors<kOfSquares, kByHalves, false>(x, amax);
+    four.template add_errors<kOfSquares, kByHalves, false>(x, amax);
+  }
   const bool better = four.error < six.error;
   return {better ? four.scale : six.scale, better ? four.factor : six.factor};
 }
