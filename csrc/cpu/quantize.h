@@ -183,11 +183,12 @@ struct Counts {
     Tally<V> saturated{}, flushed{};
     V squared_error{}, squared{};
 
-    // w: magnitudes of elements; scaled: what was encoded; value: of the codes' magnitudes.
-    RLK_HD void add(V w, V scaled, float largest, V value) {
+    // w: magnitudes of elements; scaled: what was encoded; code: values of codes without sign, and
+    // value: with their scales, of which infinite ones make NaN of 0.
+    RLK_HD void add(V w, V scaled, float largest, V code, V value) {
       const V size = Bits<V>::from(Bits<V>::of(scaled) & kMagnitude);
       Lanes<V>::count(saturated, is_above(size, V{} + largest));
-      Lanes<V>::count(flushed, is_equal(value, V{}) & differs(w, V{}));
+      Lanes<V>::count(flushed, is_equal(code, V{}) & differs(w, V{}));
       const V off = value - w;
       squared_error += off * off;
       squared += w * w;

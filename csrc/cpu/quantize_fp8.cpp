@@ -76,8 +76,8 @@ RLK_HD void count(const T* p, int64_t n, const Fp8Scale& s, int64_t order, const
   const auto add = [&](Counts::Lanewise<V>& to, V x, const Bytes& ours) {
     const V w = Bits<V>::from(magnitudes(x));
     const V scaled = divides(order) ? x / s.factor : x * s.factor;
-    const V value = from_e4m3<V>(__builtin_convertvector(ours, Ints) & 0x7F) * scale;
-    to.add(w, scaled, kLargestE4m3, value);
+    const V code = from_e4m3<V>(__builtin_convertvector(ours, Ints) & 0x7F);
+    to.add(w, scaled, kLargestE4m3, code, code * scale);
   };
   int64_t j = 0;
   for (; j + kWidth<V> <= n; j += kWidth<V>)

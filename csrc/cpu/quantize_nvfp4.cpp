@@ -248,9 +248,10 @@ RLK_HD void count(const Blocks<V, T>& x, V factor, V step, float decode,
   Counts::Lanewise<V> found;
 #pragma GCC unroll 16
   for (int e = 0; e < kBlock; ++e) {
-    const I code = ((e < 8 ? codes.low : codes.high) >> (4 * (e % 8))) & 7;
+    const I codes_of = ((e < 8 ? codes.low : codes.high) >> (4 * (e % 8))) & 7;
     const V scaled = nvfp4_scaled<recipe>(x.element(e / x.kPerWord, e % x.kPerWord), factor);
-    found.add(x.magnitude(e), scaled, kLargestE2m1, values_of<V>(code) * step * decode);
+    const V code = values_of<V>(codes_of);
+    found.add(x.magnitude(e), scaled, kLargestE2m1, code, code * step * decode);
   }
   counts.add(found, live);
 }
