@@ -14,7 +14,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,6 +114,8 @@ def markdown(name: str, document: Path) -> str:
             parts.append(_rollout(path, saved, document))
         elif saved.get("kind") == "kernel_resources":
             parts.append(_kernel_resources(path, saved, document))
+        elif saved.get("kind") == "cuda_resources":
+            parts.append(_cuda_resources(path, saved, document))
         else:
             raise SystemExit(f"{path.relative_to(ROOT)}: no table is known for such a result")
     return "\n".join(parts) if parts else "Not measured yet.\n"
@@ -239,21 +241,40 @@ def _precision(path: Path, saved: dict, document: Path) -> str:
     head = ["mode", "reward, first 5 steps", "last 5", "greedy every 10 steps"]
     lines = [_source(path, saved, document), ""]
     lines += _head([*head, "largest log-prob gap", "mean KL", "rollouts", "whole command"])
+    by_mode: dict[str, list[dict]] = {}
     for run in saved["runs"]:
+        by_mode.setdefault(run["mode"], []).append(run)
+    for mode, runs in by_mode.items():
+        curves = zip(*(run["greedy_every_10_steps"] for run in runs))
         cells = [
-            run["mode"],
-            f"{run['reward_first_5']:.3f}",
-            f"{run['reward_last_5']:.3f}",
-            ", ".join(f"{value:.1%}" for value in run["greedy_every_10_steps"]),
-            "0" if run["largest_gap"] == 0 else _error(run["largest_gap"]),
-            "0" if run["mean_kl"] == 0 else _error(run["mean_kl"]),
-            f"{run['rollout_seconds']:.0f} s",
-            f"{run['wall_seconds']:.0f} s",
+            mode,
+            _over_seeds([run["reward_first_5"] for run in runs], "{:.3f}".format),
+            _over_seeds([run["reward_last_5"] for run in runs], "{:.3f}".format),
+            ", ".join(_over_seeds(values, "{:.1%}".format) for values in curves),
+            _over_seeds([run["largest_gap"] for run in runs], _gap),
+            _over_seeds([run["mean_kl"] for run in runs], _gap),
+            _over_seeds([run["rollout_seconds"] for run in runs], "{:.0f} s".format),
+            _over_seeds([run["wall_seconds"] for run in runs], "{:.0f} s".format),
         ]
         lines.append(_line(cells))
     load = saved["machine_info"]["load_at_end"][-1]
-    end = f"Seed {saved['seed']}. Load average over the last 15 minutes: {load}."
-    return "\n".join([*lines, "", end, ""])
+    seeds = saved.get("seeds") or [saved["seed"]]
+    end = f"Seed {seeds[0]}."
+    if len(seeds) > 1:
+        named = ", ".join(str(seed) for seed in seeds)
+        end = f"Seeds {named}: the mean and, in brackets, the smallest and the largest."
+    return "\n".join([*lines, "", f"{end} Load average over the last 15 minutes: {load}.", ""])
+
+
+def _gap(value: float) -> str:
+    return "0" if value == 0 else _error(value)
+
+
+def _over_seeds(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """The mean, and the ends where they are seen to differ."""
+    ends = show(min(values)), show(max(values))
+    mean = show(sum(values) / len(values))
+    return mean if ends[0] == ends[1] else f"{mean} ({ends[0]}–{ends[1]})"
 
 
 def _weight_sync(path: Path, saved: dict, document: Path) -> str:
@@ -327,6 +348,29 @@ def _kernel_resources(path: Path, saved: dict, document: Path) -> str:
     return "\n".join(
         [*lines, "", f"A block may have 255 registers a thread and, of memory: {named}.", ""]
     )
+
+
+def _cuda_resources(path: Path, saved: dict, document: Path) -> str:
+    """A line a kernel and dtype: registers, shared memory and conversions on each architecture."""
+    versions = ", ".join(f"{name} {number}" for name, number in saved["versions"].items())
+    link = os.path.relpath(path, document.parent)
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in saved["rows"]:
+        found.setdefault((row["kernel"], row["dtype"]), {})[row["arch"]] = row
+    archs = sorted({row["arch"] for row in saved["rows"]}, key=lambda a: int(a.rstrip("af")))
+    lines = [f"{versions}. From [{path.name}]({link}): `{saved['command']}`.", ""]
+    lines += _head(["kernel", "dtype", "compiled", *(f"sm_{arch}" for arch in archs), "spilled"])
+    for (kernel, dtype), rows in found.items():
+        cells = []
+        for arch in archs:
+            row = rows[arch]
+            converts = "".join(f", cvt {kind}" for kind in row["conversions"])
+            cells.append(f"{row['registers']}, {row['shared_bytes']:,} B{converts}")
+        count = max(row["specialisations"] for row in rows.values())
+        spilled = max(row["local_bytes"] for row in rows.values())
+        name = kernel.removesuffix("_kernel")
+        lines.append(_line([name, dtype, str(count), *cells, f"{spilled} B"]))
+    return "\n".join([*lines, ""])
 
 
 def _source(path: Path, saved: dict, document: Path) -> str:

@@ -1,9 +1,10 @@
-"""The demo in each precision mode, through the command line, into one JSON.
+"""The demo in each precision mode and from several seeds, through the command line, into one JSON.
 
     python -m bench.train_precision       # bench/results/<machine>/precision.json
 
-Each run: the mean reward, the largest gap between the trainer's and the sampler's log-probs and
-their KL at every RL step, and held-out accuracy every ten.
+The report has the mean over the seeds and, in brackets, the smallest and largest. Each run: the
+mean reward, the largest gap between the trainer's and the sampler's log-probs and their KL at every
+RL step, and held-out accuracy every ten.
 """
 
 import argparse
@@ -36,18 +37,21 @@ MODES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     info, runs = machine(), []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, words) in enumerate(MODES.items()):
-            run = measure(Path(folder) / str(number), name, words, args.seed, args.threads)
-            runs.append(run)
-            print(json.dumps({k: v for k, v in run.items() if k != "steps"}), flush=True)
+        # all modes of a seed in turn: a drift of the machine falls on all alike
+        for seed in args.seeds:
+            for number, (name, words) in enumerate(MODES.items()):
+                where = Path(folder) / f"{seed}-{number}"
+                runs.append(measure(where, name, words, seed, args.threads))
+                shown = {k: v for k, v in runs[-1].items() if k != "steps"}
+                print(json.dumps(shown), flush=True)
     passed = all(run["passed"] for run in runs)
     info |= {"threads": args.threads, "transformers": transformers.__version__}
     info["load_at_end"] = [round(x, 2) for x in os.getloadavg()]
-    saved = {"kind": "precision", "machine_info": info, "seed": args.seed, "passed": passed}
+    saved = {"kind": "precision", "machine_info": info, "seeds": args.seeds, "passed": passed}
     saved |= {"command": "python -m bench.train_precision", "runs": runs}
     path = RESULTS / info["name"] / "precision.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +77,7 @@ def measure(folder: Path, name: str, words: list[str], seed: int, threads: int) 
     }
     return {
         "mode": name,
+        "seed": seed,
         "exit_code": done.returncode,
         "wall_seconds": round(wall, 1),
         "rollout_seconds": round(sum(r["time/rollout"] for r in steps), 1),

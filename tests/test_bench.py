@@ -276,6 +276,36 @@ def test_a_table_of_kernel_resources(rendered):
     assert "| some_op | fold | bfloat16 | 3 | 40, 1,536 B | 40, 1,536 B | 8 B |" in text
 
 
+def test_a_table_of_cuda_kernels(rendered):
+    row = {"kernel": "fold_kernel", "dtype": "bfloat16", "specialisations": 6, "local_bytes": 0}
+    row |= {"shared_bytes": 1056}
+    rows = [
+        row | {"arch": "100a", "registers": 32, "conversions": ["E2M1"]},
+        row | {"arch": "90a", "registers": 40, "conversions": []},
+    ]
+    result = {"kind": "cuda_resources", "versions": {"nvcc": "13.0"}, "command": "this"}
+    text = rendered(result | {"rows": rows})
+    assert "| kernel | dtype | compiled | sm_90a | sm_100a | spilled |" in text
+    assert "| fold | bfloat16 | 6 | 40, 1,056 B | 32, 1,056 B, cvt E2M1 | 0 B |" in text
+
+
+def test_a_table_of_precision_modes_over_seeds(rendered):
+    run = {"mode": "fp8", "reward_first_5": 0.01, "largest_gap": 0, "mean_kl": 0}
+    run |= {"rollout_seconds": 10, "wall_seconds": 20.2}
+    runs = [
+        run | {"reward_last_5": 0.8, "greedy_every_10_steps": [0.0, 0.5]},
+        run | {"reward_last_5": 0.9, "greedy_every_10_steps": [0.0, 1.0], "largest_gap": 0.5},
+    ]
+    info = saved()["machine_info"] | {"load_at_end": [1, 1, 2.5]}
+    result = {"kind": "precision", "machine_info": info, "seeds": [0, 1], "command": "this"}
+    text = rendered(result | {"runs": runs})
+    assert (
+        "| fp8 | 0.010 | 0.850 (0.800–0.900) | 0.0%, 75.0% (50.0%–100.0%) | "
+        "2.5e-01 (0–5.0e-01) | 0 | 10 s | 20 s |"
+    ) in text
+    assert "Seeds 0, 1: the mean and, in brackets, the smallest and the largest. Load" in text
+
+
 def test_the_clock_replays_and_then_runs():
     clock = harness.Clock()
     clock.pending.extend([0.5, 0.25])

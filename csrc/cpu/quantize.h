@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "lanes.h"
 #include "rlkern/math/quant.h"
 #include "vec.h"
 
@@ -40,10 +41,25 @@ namespace rlkern {
 template <class V>
 constexpr int64_t kWidth = sizeof(V) / sizeof(float);
 
+// widen, by the instruction that AVX2 and AVX-512 have for halves.
+template <class V, class T>
+RLK_HD V as_floats(const T* p) {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if constexpr (std::is_same_v<T, fp16> && kWidth<V> >= 8) {
+    V x;
+    asm("vcvtph2ps %1, %0"
+        : "=v"(x)
+        : "m"(*reinterpret_cast<const typename Narrow<V>::Halves*>(p)));
+    return x;
+  }
+#endif
+  return widen<V>(p);
+}
+
 // Elements past `left` are 0.
 template <class V, class T>
 RLK_HD V load_up_to(const T* p, int64_t left) {
-  if (left >= kWidth<V>) return widen<V>(p);
+  if (left >= kWidth<V>) return as_floats<V>(p);
   V x{};
   for (int64_t i = 0; i < left; ++i) x[i] = static_cast<float>(p[i]);
   return x;
@@ -136,6 +152,19 @@ struct Magnitudes {
   }
 };
 
+// How many of eight bytes differ: of each difference that is not 0 the upper bit is set.
+RLK_HD int64_t num_different(uint64_t a, uint64_t b) {
+  const uint64_t low = 0x7F7F7F7F7F7F7F7Full, off = a ^ b;
+  return __builtin_popcountll((((off & low) + low) | off) & ~low);
+}
+RLK_HD int64_t num_different(const uint8_t* a, const uint8_t* b, int64_t bytes) {
+  int64_t count = 0, i = 0;
+  for (; i + 8 <= bytes; i += 8)
+    count += num_different(load_as<uint64_t>(a + i), load_as<uint64_t>(b + i));
+  for (; i < bytes; ++i) count += a[i] != b[i];
+  return count;
+}
+
 // A thread is worth starting for about this many elements.
 constexpr int64_t kQuantizeGrain = 32768;
 
@@ -147,6 +176,34 @@ float tensor_amax(const fp16* w, int64_t count, bool ignores_nan);
 // What a sweep may count on its way: the columns of the schema's statistics.
 struct Counts {
   double changed = 0, saturated = 0, flushed = 0, squared_error = 0, squared = 0;
+
+  // What a few elements in each lane have come to.
+  template <class V>
+  struct Lanewise {
+    Tally<V> saturated{}, flushed{};
+    V squared_error{}, squared{};
+
+    // w: magnitudes of elements; scaled: what was encoded; code: values of codes without sign, and
+    // value: with their scales, of which infinite ones make NaN of 0.
+    RLK_HD void add(V w, V scaled, float largest, V code, V value) {
+      const V size = Bits<V>::from(Bits<V>::of(scaled) & kMagnitude);
+      Lanes<V>::count(saturated, is_above(size, V{} + largest));
+      Lanes<V>::count(flushed, is_equal(code, V{}) & differs(w, V{}));
+      const V off = value - w;
+      squared_error += off * off;
+      squared += w * w;
+    }
+  };
+  // Of the first `live` lanes: in the others w is 0, but value may be NaN.
+  template <class V>
+  RLK_HD void add(const Lanewise<V>& x, int64_t live) {
+    saturated += Lanes<V>::total(x.saturated);
+    flushed += Lanes<V>::total(x.flushed);
+    const V error = x.squared_error;
+    squared_error +=
+        reduce_add(live < static_cast<int64_t>(kWidth<V>) ? first(live, error) : error);
+    squared += reduce_add(x.squared);
+  }
 };
 constexpr int64_t kNumCounts = sizeof(Counts) / sizeof(double);
 

@@ -44,7 +44,7 @@ template <class V, bool kDivides, bool kAddsZero, class T>
 RLK_HD void encode(const T* p, int64_t count, float factor, uint8_t* out) {
   int64_t j = 0;
   for (; j + kWidth<V> <= count; j += kWidth<V>) {
-    const auto codes = codes_of<V, kDivides, kAddsZero>(widen<V>(p + j), factor);
+    const auto codes = codes_of<V, kDivides, kAddsZero>(as_floats<V>(p + j), factor);
     store_as(out + j, __builtin_convertvector(codes, typename Narrow<V>::Bytes));
   }
   if (j == count) return;
@@ -64,41 +64,30 @@ RLK_HD void encode_by(int64_t order, const T* p, int64_t count, float factor, ui
     encode<V, false, false>(p, count, factor, out);
 }
 
-// Adds what there is to say of codes that have just been written, from cache.
+// Adds what there is to say of codes that have just been written, from cache: of whole registers to
+// `found`, which the caller adds to `counts` once in a while.
 template <class V, class T>
 RLK_HD void count(const T* p, int64_t n, const Fp8Scale& s, int64_t order, const uint8_t* codes,
-                  const uint8_t* previous, Counts& counts) {
+                  const uint8_t* previous, Counts::Lanewise<V>& found, Counts& counts) {
   using Bytes = typename Narrow<V>::Bytes;
   using Ints = typename Narrow<V>::Ints;
   const float scale = s.value(order);
-  Ints changed{}, saturated{}, flushed{};
-  V squared_error{}, squared{};
-  for (int64_t j = 0; j < n; j += kWidth<V>) {
-    Bytes ours{}, theirs{};
-    const int64_t left = std::min(kWidth<V>, n - j);
-    std::memcpy(&ours, codes + j, left);
-    const Ints code = __builtin_convertvector(ours, Ints);
-    if (previous) {
-      std::memcpy(&theirs, previous + j, left);
-      changed -= code != __builtin_convertvector(theirs, Ints);
-    }
-    const V x = load_up_to<V>(p + j, left);
-    const Ints scaled = magnitudes(divides(order) ? x / s.factor : x * s.factor);
-    saturated -= (scaled > kLargestE4m3Bits) & (scaled <= kInfinityBits);
-    const Ints magnitude = code & 0x7F;
-    flushed -= (magnitude == 0) & (magnitudes(x) != 0);
-    // the difference of magnitudes: signs are the same
-    const V off = from_e4m3<V>(magnitude) * scale - Bits<V>::from(magnitudes(x));
-    squared_error += left == kWidth<V> ? off * off : first(left, off * off);
-    squared += x * x;
-  }
-  for (int64_t lane = 0; lane < kWidth<V>; ++lane) {
-    counts.changed += changed[lane];
-    counts.saturated += saturated[lane];
-    counts.flushed += flushed[lane];
-    counts.squared_error += squared_error[lane];
-    counts.squared += squared[lane];
-  }
+  if (previous) counts.changed += num_different(codes, previous, n);
+  const auto add = [&](Counts::Lanewise<V>& to, V x, const Bytes& ours) {
+    const V w = Bits<V>::from(magnitudes(x));
+    const V scaled = divides(order) ? x / s.factor : x * s.factor;
+    const V code = from_e4m3<V>(__builtin_convertvector(ours, Ints) & 0x7F);
+    to.add(w, scaled, kLargestE4m3, code, code * scale);
+  };
+  int64_t j = 0;
+  for (; j + kWidth<V> <= n; j += kWidth<V>)
+    add(found, as_floats<V>(p + j), load_as<Bytes>(codes + j));
+  if (j == n) return;
+  Counts::Lanewise<V> last;
+  Bytes rest{};
+  for (int64_t i = 0; j + i < n; ++i) rest[i] = codes[j + i];
+  add(last, load_up_to<V>(p + j, n - j), rest);
+  counts.add(last, n - j);
 }
 
 // Rows of `columns` elements each, cut into blocks `wide` columns across and all rows high.
@@ -115,15 +104,26 @@ struct Sweep {
 
 template <class V, class T>
 RLK_HD void encode_and_count(int64_t order, const T* p, int64_t n, const Fp8Scale& s, uint8_t* out,
-                             const Sweep& sweep) {
+                             const Sweep& sweep, Counts::Lanewise<V>& found) {
   encode_by<V>(order, p, n, s.factor, out);
-  if (sweep.counts) count<V>(p, n, s, order, out, sweep.previous, *sweep.counts);
+  if (sweep.counts) count<V>(p, n, s, order, out, sweep.previous, found, *sweep.counts);
+}
+template <class V, class T>
+RLK_HD void encode_and_count(int64_t order, const T* p, int64_t n, const Fp8Scale& s, uint8_t* out,
+                             const Sweep& sweep) {
+  Counts::Lanewise<V> found;
+  encode_and_count<V>(order, p, n, s, out, sweep, found);
+  if (sweep.counts) sweep.counts->add(found, kWidth<V>);
 }
 
 template <class V, class T>
 RLK_HD void quantize_strip(const T* w, const Strip& strip, const Fp8Rule& rule, uint8_t* out,
                            const Scales& scales, const Sweep& sweep) {
+  // so many elements are few enough for sums in float32
+  constexpr int64_t kFew = 1 << 14;
   const int64_t columns = strip.columns;
+  Counts::Lanewise<V> found;
+  int64_t num_found = 0;
   for (int64_t j = 0, block = 0; j < columns; j += strip.wide, ++block) {
     const int64_t count = std::min(strip.wide, columns - j);
     using M = Magnitudes<V, T>;
@@ -134,8 +134,13 @@ RLK_HD void quantize_strip(const T* w, const Strip& strip, const Fp8Rule& rule, 
     scales.put(block, s);
     for (int64_t i = 0; i < strip.rows; ++i) {
       const int64_t at = i * columns + j;
-      encode_and_count<V>(rule.order, w + at, count, s, out + at, sweep.at(at));
+      encode_and_count<V>(rule.order, w + at, count, s, out + at, sweep.at(at), found);
     }
+    num_found += strip.rows * count;
+    if (!sweep.counts || (num_found < kFew && j + strip.wide < columns)) continue;
+    sweep.counts->add(found, kWidth<V>);
+    found = {};
+    num_found = 0;
   }
 }
 

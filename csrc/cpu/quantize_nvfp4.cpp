@@ -86,13 +86,13 @@ RLK_HD void transpose(I* x) {
 }
 
 // As many blocks as V has lanes, side by side in memory, a lane each. A word is 32 bits of a block:
-// one float, or two elements of 16 bits.
+// one float, which a half becomes when it is loaded, or two bfloat16.
 template <class V, class T>
 struct Blocks {
   using I = typename Narrow<V>::Ints;
   static constexpr int kLanes = kWidth<V>;
-  static constexpr int kWords = kBlock * sizeof(T) / 4;
-  static constexpr int kPerWord = 4 / sizeof(T);
+  static constexpr int kPerWord = std::is_same_v<T, bf16> ? 2 : 1;
+  static constexpr int kWords = kBlock / kPerWord;
   I words[kWords];
 
   RLK_HD void load(const T* p) {
@@ -107,8 +107,13 @@ struct Blocks {
       transpose<true>(words);
     } else {
       for (int first = 0; first < kWords; first += kLanes) {
-        for (int i = 0; i < kLanes; ++i)
-          words[first + i] = load_as<I>(p + i * kBlock + first * kPerWord);
+        for (int i = 0; i < kLanes; ++i) {
+          const T* from = p + i * kBlock + first * kPerWord;
+          if constexpr (std::is_same_v<T, fp16>)
+            words[first + i] = (I)as_floats<V>(from);
+          else
+            words[first + i] = load_as<I>(from);
+        }
         transpose<false>(words + first);
       }
     }
@@ -117,7 +122,7 @@ struct Blocks {
   // The bits of the largest magnitude of each block.
   template <bool kIgnoresNan>
   RLK_HD I largest() const {
-    using M = Magnitudes<V, T>;
+    using M = Magnitudes<V, std::conditional_t<kPerWord == 2, bf16, float>>;
     typename M::Vector most{};
 #pragma GCC unroll 16
     for (int i = 0; i < kWords; ++i)
@@ -129,12 +134,10 @@ struct Blocks {
 
   RLK_HD V element(int word, int part) const {
     if constexpr (kPerWord == 1) return (V)words[word];
-    if constexpr (std::is_same_v<T, bf16>)
-      return (V)(part == 0 ? words[word] << 16 : words[word] & ~0xFFFF);
-    return widen_half<V>(part == 0 ? words[word] << 16 : words[word]);
+    return (V)(part == 0 ? words[word] << 16 : words[word] & ~0xFFFF);
   }
-  RLK_HD V magnitude(int word, int part) const {
-    return Bits<V>::from(magnitudes(element(word, part)));
+  RLK_HD V magnitude(int e) const {
+    return Bits<V>::from(magnitudes(element(e / kPerWord, e % kPerWord)));
   }
 };
 
@@ -154,8 +157,9 @@ struct Packed {
     store_as(out, __builtin_shuffle(low, high, first));
     store_as(out + sizeof(I), __builtin_shuffle(low, high, second));
   }
-  // How many codes of each block are others than in the bytes that `store` has written before.
-  RLK_HD I changes(const uint8_t* previous) const {
+  // How many codes of the first `live` blocks are others than in the bytes that `store` has
+  // written.
+  RLK_HD int64_t changes(const uint8_t* previous, int64_t live) const {
     constexpr int kLanes = sizeof(I) / 4;
     I even{}, odd{};
     for (int i = 0; i < kLanes; ++i) {
@@ -163,15 +167,28 @@ struct Packed {
       odd[i] = 2 * i + 1;
     }
     const I a = load_as<I>(previous), b = load_as<I>(previous + sizeof(I));
-    return nibbles(low ^ __builtin_shuffle(a, b, even)) +
-           nibbles(high ^ __builtin_shuffle(a, b, odd));
+    const I halves[2] = {nibbles(low ^ __builtin_shuffle(a, b, even)),
+                         nibbles(high ^ __builtin_shuffle(a, b, odd))};
+    int64_t count = 0;
+    for (const I& half : halves)
+      for (int64_t i = 0; i < live; ++i)
+        count += __builtin_popcount(static_cast<uint32_t>(half[i]));
+    return count;
   }
-  // Of the eight in a lane, those that are not 0.
-  static RLK_HD I nibbles(I x) {
-    const I any = (x | (x >> 1) | (x >> 2) | (x >> 3)) & 0x11111111;
-    return ((any * 0x11111111) >> 28) & 15;
-  }
+  // A bit for each of the eight in a lane that is not 0.
+  static RLK_HD I nibbles(I x) { return (x | (x >> 1) | (x >> 2) | (x >> 3)) & 0x11111111; }
 };
+
+// The values of codes without sign.
+template <class V, class I>
+RLK_HD V values_of(I codes) {
+  if constexpr (kWidth<V> == 16)
+    return __builtin_shuffle(V{0, 0.5f, 1, 1.5f, 2, 3, 4, 6}, codes);
+  else if constexpr (kWidth<V> == 8)
+    return __builtin_shuffle(V{0, 0.5f, 1, 1.5f, 2, 3, 4, 6}, codes);
+  else
+    return from_e2m1<V>(codes);
+}
 
 template <class V, class I>
 RLK_HD void store_scales(uint8_t* out, I codes) {
@@ -227,59 +244,17 @@ RLK_HD void count(const Blocks<V, T>& x, V factor, V step, float decode,
                   const Packed<typename Narrow<V>::Ints>& codes, const uint8_t* previous,
                   int64_t live, Counts& counts) {
   using I = typename Narrow<V>::Ints;
-  I changed{}, saturated{}, flushed{};
-  if (previous) changed = codes.changes(previous);
-  V squared_error{}, squared{};
+  if (previous) counts.changed += codes.changes(previous, live);
+  Counts::Lanewise<V> found;
+#pragma GCC unroll 16
   for (int e = 0; e < kBlock; ++e) {
-    const V w = x.magnitude(e / x.kPerWord, e % x.kPerWord);
-    const I bits = Bits<V>::of(w), scaled = magnitudes(nvfp4_scaled<recipe>(w, factor));
-    const I code = ((e < 8 ? codes.low : codes.high) >> (4 * (e % 8))) & 7;
-    saturated -= (scaled > kLargestE2m1Bits) & (scaled <= kInfinityBits);
-    flushed -= (code == 0) & (bits != 0);
-    const V off = from_e2m1<V>(code) * step * decode - w;
-    squared_error += off * off;
-    squared += w * w;
+    const I codes_of = ((e < 8 ? codes.low : codes.high) >> (4 * (e % 8))) & 7;
+    const V scaled = nvfp4_scaled<recipe>(x.element(e / x.kPerWord, e % x.kPerWord), factor);
+    const V code = values_of<V>(codes_of);
+    found.add(x.magnitude(e), scaled, kLargestE2m1, code, code * step * decode);
   }
-  for (int64_t lane = 0; lane < live; ++lane) {
-    counts.changed += changed[lane];
-    counts.saturated += saturated[lane];
-    counts.flushed += flushed[lane];
-    counts.squared_error += squared_error[lane];
-    counts.squared += squared[lane];
-  }
+  counts.add(found, live);
 }
-
-// One of the two ways to encode blocks: by a scale that makes the largest element 6 or 4.
-template <class V>
-struct Candidate {
-  typename Narrow<V>::Ints scale;
-  V step, factor, error;
-
-  template <Nvfp4Recipe recipe>
-  static RLK_HD Candidate of(V raw, Nvfp4Global global) {
-    const auto scale = e4m3<V>(raw);
-    const V step = from_e4m3<V>(scale);
-    return {scale, step, te_factor<recipe>(step, global), V{}};
-  }
-  // The error of elements of magnitude w: of -w it is the same.
-  template <bool kSquares>
-  RLK_HD V error_of(V w, float amax) const {
-    const auto a = at_most(Bits<V>::of(w * factor), kLargestE2m1Bits);
-    const V off = NearestE2m1<V>::of(a).value() * step * amax / 1536.0f - w;
-    return kSquares ? off * off : Bits<V>::from(magnitudes(off));
-  }
-  // From left to right; with kByHalves those of elements i and i + 8 first.
-  template <bool kSquares, bool kByHalves, class T>
-  RLK_HD void add_errors(const Blocks<V, T>& x, float amax) {
-    constexpr int kHalf = Blocks<V, T>::kWords / 2;
-    for (int i = 0; i < (kByHalves ? kHalf : x.kWords); ++i)
-      for (int part = 0; part < x.kPerWord; ++part) {
-        V term = error_of<kSquares>(x.magnitude(i, part), amax);
-        if constexpr (kByHalves) term += error_of<kSquares>(x.magnitude(i + kHalf, part), amax);
-        error += term;
-      }
-  }
-};
 
 // What all blocks share.
 struct Tensorwide {
@@ -297,19 +272,8 @@ struct Sweep {
   Counts* counts;
 };
 
-// Errors of four over six: none (one candidate alone), squares or magnitudes.
-enum Rule : int64_t { kNone, kSquares, kMagnitudes };
-
-// All ones where x < y.
-template <class V>
-RLK_HD auto lanes_below(V x, V y) {
-  typename Narrow<V>::Ints ones = x < y ? ~Bits<V>::of(V{}) : Bits<V>::of(V{});
-  asm("" : "+m"(ones));
-  return ones;
-}
-
 // `rows` rows of as many blocks as V has lanes, which share their scales along columns of blocks.
-template <class V, Nvfp4Recipe recipe, Rule rule, class T>
+template <class V, Nvfp4Recipe recipe, Nvfp4Rule rule, class T>
 RLK_HD void quantize_lanes(const T* w, int64_t rows, int64_t columns, const Tensorwide& all,
                            const Sweep& sweep, int64_t blocks_apart, int64_t live, uint8_t* codes,
                            uint8_t* scales) {
@@ -319,13 +283,19 @@ RLK_HD void quantize_lanes(const T* w, int64_t rows, int64_t columns, const Tens
   auto most = x.template largest<kSkipsNan>();
   if constexpr (rule != kNone) {
     const V raw = (V)most / 6.0f * all.global.encode;
-    auto six = Candidate<V>::template of<recipe>(raw, all.global);
-    auto four = Candidate<V>::template of<recipe>(raw * 1.5f, all.global);
-    six.template add_errors<rule == kSquares, recipe == kFouroversix>(x, all.amax);
-    four.template add_errors<rule == kSquares, recipe == kFouroversix>(x, all.amax);
-    // all ones where four is better; a comparison that feeds two selects would be taken apart
-    const auto better = lanes_below(four.error, six.error);
-    store_scales<V>(scales, (four.scale & better) | (six.scale & ~better));
+    auto six = Candidate<V>::template of<recipe>(raw, all.amax, all.global);
+    auto four = Candidate<V>::template of<recipe>(raw * 1.5f, all.amax, all.global);
+    constexpr bool kOfSquares = rule == kSquares, kByHalves = recipe == kFouroversix;
+    if (is_usual(all.amax)) {
+      six.template add_errors<kOfSquares, kByHalves, true>(x, all.amax);
+      four.template add_errors<kOfSquares, kByHalves, true>(x, all.amax);
+    } else {
+      six.template add_errors<kOfSquares, kByHalves, false>(x, all.amax);
+      four.template add_errors<kOfSquares, kByHalves, false>(x, all.amax);
+    }
+    const Mask<V> better = is_above(six.error, four.error);
+    const V scale = select(better, Bits<V>::from(four.scale), Bits<V>::from(six.scale));
+    store_scales<V>(scales, Bits<V>::of(scale));
     const V factor = select(better, four.factor, six.factor);
     const auto found = encode<V, recipe>(x, factor);
     found.store(codes);
@@ -355,7 +325,7 @@ RLK_HD void quantize_lanes(const T* w, int64_t rows, int64_t columns, const Tens
 }
 
 // `count` blocks side by side; fewer than a register holds are padded with zeros.
-template <class V, Nvfp4Recipe recipe, Rule rule, class T>
+template <class V, Nvfp4Recipe recipe, Nvfp4Rule rule, class T>
 RLK_HD void quantize_strip(const T* w, int64_t rows, int64_t columns, int64_t count,
                            const Tensorwide& all, const Sweep& strip, uint8_t* codes,
                            uint8_t* scales) {

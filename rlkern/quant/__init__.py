@@ -3,6 +3,7 @@ write them as checkpoints that inference engines read."""
 
 from rlkern.quant.checkpoint import save_quantized
 from rlkern.quant.delta import DeltaPacket
+from rlkern.quant.experts import MasterExperts, QuantizedExperts
 from rlkern.quant.linear import PRESETS, MasterLinear, QuantizedLinear, Recipe
 from rlkern.quant.model import quantize_model
 from rlkern.quant.sync import SyncReport, TensorStats, WeightSync
@@ -10,7 +11,9 @@ from rlkern.quant.sync import SyncReport, TensorStats, WeightSync
 __all__ = [
     "PRESETS",
     "DeltaPacket",
+    "MasterExperts",
     "MasterLinear",
+    "QuantizedExperts",
     "QuantizedLinear",
     "Recipe",
     "SyncReport",

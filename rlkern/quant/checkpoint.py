@@ -6,6 +6,7 @@ modelopt            weight, weight_scale, weight_scale_2 = ours
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from rlkern.quant.model import quantized_layers
 
 _OP = "save_quantized"
 FORMATS = ("compressed-tensors", "modelopt")
+STORED_AS_MIXTRAL = ("mixtral",)
+"""Model types whose checkpoints have other names than their modules in transformers."""
 
 
 def save_quantized(
@@ -50,7 +53,10 @@ def save_quantized(
     elif format == "modelopt" and (recipe.format != "fp8_block128" or recipe.activations):
         _check.fail(_OP, "recipe", "'fp8-weights' or 'nvfp4-modelopt' for modelopt", recipe)
     tensors = _tensors(model, layers, format)
-    kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in layers]
+    kept = [n for n, m in model.named_modules() if _is_kept(m) and n not in layers]
+    if model.config.model_type in STORED_AS_MIXTRAL:
+        tensors = {_mixtral(name): tensor for name, tensor in tensors.items()}
+        kept = [_mixtral(name) for name in kept]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -62,6 +68,19 @@ def save_quantized(
     if format == "modelopt":
         text = {"producer": {"name": "modelopt"}, "quantization": _modelopt_inner(recipe, kept)}
         (folder / "hf_quant_config.json").write_text(json.dumps(text, indent=1) + "\n")
+
+
+def _is_kept(module: nn.Module) -> bool:
+    """A linear layer, or a router: one in all but its class."""
+    own = dict(module.named_parameters(recurse=False)).get("weight")
+    return own is not None and own.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def _mixtral(name: str) -> str:
+    """What Mixtral's checkpoints call a tensor or layer of its experts and their router."""
+    for ours, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        name = re.sub(rf"(\.mlp\.experts\.\d+)\.{ours}\b", rf"\1.{theirs}", name)
+    return re.sub(r"\.mlp\.(experts|gate)\b", r".block_sparse_moe.\1", name)
 
 
 def _tensors(

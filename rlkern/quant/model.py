@@ -6,6 +6,13 @@ from fnmatch import fnmatch
 import torch
 from torch import Tensor, nn
 
+from rlkern.quant.experts import (
+    MasterExperts,
+    QuantizedExperts,
+    check_stacked,
+    is_stacked,
+    slices_of,
+)
 from rlkern.quant.linear import MasterLinear, QuantizedLinear, Recipe, find_recipe
 
 _OP = "quantize_model"
@@ -24,6 +31,10 @@ def quantize_model(
 ) -> nn.Module:
     """Replaces the linear layers of a model by quantised ones, in place.
 
+    Experts that are parameters of three dimensions (transformers' Qwen3-MoE, Mixtral and others)
+    are quantised one by one, in a `QuantizedExperts` whose layers have the names of checkpoints,
+    `<experts>.<i>.gate_proj` and so on.
+
     Args:
         model: with nn.Linear layers.
         recipe: "fp8" (128x128 weights, 1x128 activations), "fp8-weights", "fp8-row", "fp8-tensor",
@@ -37,19 +48,26 @@ def quantize_model(
         engine that fuses them keeps a single one.
 
     Raises:
-        ValueError: an unknown recipe, or a model where no layer would be quantised.
+        ValueError: an unknown recipe, a model where no layer would be quantised, or stacked
+            experts of another layout (transposed, interleaved, with biases or another gating).
     """
     recipe = find_recipe(_OP, recipe)
     if trains and recipe.shares_amax:
         raise ValueError(f"{_OP}: expected a recipe without a global scale to train, got {recipe}")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     chosen = {name: module for name, module in linears.items() if not is_skipped(name, skip)}
-    if not chosen:
+    stacked = {name: module for name, module in model.named_modules() if is_stacked(module)}
+    stacked = {name: module for name, module in stacked.items() if not is_skipped(name, skip)}
+    if not chosen and not stacked:
         raise ValueError(
             f"{_OP}: expected layers to quantise, got none: {len(linears)} linear layers, skip = "
             f"{skip}"
         )
-    amax = shared_amax({f"{n}.weight": m.weight for n, m in chosen.items()}, recipe)
+    weights = {f"{n}.weight": m.weight for n, m in chosen.items()}
+    for name, experts in stacked.items():
+        check_stacked(name, experts)
+        weights |= slices_of(name, experts.gate_up_proj, experts.down_proj)
+    amax = shared_amax(weights, recipe)
     for name, linear in chosen.items():
         if trains:
             made = MasterLinear.of(linear, recipe)
@@ -57,9 +75,19 @@ def quantize_model(
             q = recipe.quantize(linear.weight, amax.get(f"{name}.weight"))
             made = QuantizedLinear(q, linear.bias, recipe)
             made.train(linear.training)
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, made)
+        _replace(model, name, made)
+    for name, experts in stacked.items():
+        if trains:
+            made = MasterExperts.of(experts, recipe)
+        else:
+            made = QuantizedExperts.of(experts, name, recipe, amax)
+        _replace(model, name, made)
     return model
+
+
+def _replace(model: nn.Module, name: str, made: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, made)
 
 
 def is_skipped(name: str, skip: tuple[str, ...]) -> bool:
@@ -69,6 +97,12 @@ def is_skipped(name: str, skip: tuple[str, ...]) -> bool:
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
+            yield name, module
+
+
+def quantized_experts(model: nn.Module) -> Iterator[tuple[str, QuantizedExperts]]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedExperts):
             yield name, module
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from rlkern.quant.delta import DeltaPacket, as_bytes
+from rlkern.quant.experts import STACKED, slices_of
 from rlkern.quant.linear import QuantizedLinear
-from rlkern.quant.model import quantized_layers, shared_amax
+from rlkern.quant.model import quantized_experts, quantized_layers, shared_amax
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class WeightSync:
         self.layers: dict[str, QuantizedLinear] = dict(quantized_layers(model))
         if not self.layers:
             raise ValueError("WeightSync: expected a model with quantised layers, got none")
+        self.experts = dict(quantized_experts(model))
         recipes = {layer.recipe for layer in self.layers.values()}
         if len(recipes) > 1:
             raise ValueError(f"WeightSync: expected one recipe, got {len(recipes)}")
@@ -89,8 +91,9 @@ class WeightSync:
         """Quantises and writes all weights.
 
         Args:
-            weights: by the names that the model had before it was quantised. All of them; others
-                are refused. A tied weight may be missing where the one it is tied to is there.
+            weights: by the names that the model had before it was quantised, experts stacked or by
+                the names of their layers. All of them; others are refused. A tied weight may be
+                missing where the one it is tied to is there.
             delta: also return packets of the changed bytes, for `apply` on other copies.
             statistics: count changed and saturated codes, at the cost of reading the old ones.
 
@@ -98,6 +101,7 @@ class WeightSync:
             ValueError: a missing, unknown or ill-shaped tensor, or one that is not finite. Nothing
                 was written then.
         """
+        weights = self._unstacked(weights)
         self._check(weights)
         chosen = {name: weights[name].detach() for name in self.sources}
         amax = shared_amax(chosen, self.recipe, self.group)
@@ -162,6 +166,28 @@ class WeightSync:
         for name, packet in report.delta.items():
             packet.apply(live[name])
         self.version = report.version
+
+    def _unstacked(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """With a name for each expert's layer in place of parameters of three dimensions."""
+        out = dict(weights)
+        for name, experts in self.experts.items():
+            names = [f"{name}.{part}" for part in STACKED]
+            given = [n for n in names if n in weights]
+            if not given:
+                continue
+            if len(given) < len(names):
+                (missing,) = set(names) - set(given)
+                raise ValueError(f"WeightSync.update: 1 missing weights: {missing}")
+            first = self.layers[f"{name}.0.gate_proj"]
+            rows, hidden = first.out_features, first.in_features
+            shapes = ((2 * rows, hidden), (hidden, rows))
+            for n, shape in zip(names, shapes):
+                want = (experts.num_experts, *shape)
+                if tuple(weights[n].shape) != want:
+                    got = f"{tuple(weights[n].shape)} {weights[n].dtype}"
+                    raise ValueError(f"WeightSync.update: expected {n} of shape {want}, got {got}")
+            out |= slices_of(name, *(out.pop(n) for n in names))
+        return out
 
     def _plain(self) -> list[tuple[str, Tensor]]:
         """Each storage once."""

@@ -117,6 +117,19 @@ def check_instruction_set(
     assert "3 passed" in run.stdout
 
 
+def check_native_on_cuda(op: str, test_file: str, name: str) -> None:
+    """A test of three dtypes again with the CUDA C++ kernels, which own nothing by default."""
+    env = os.environ | {"RLKERN_BACKEND": "native"}
+    ask = f"import rlkern; print(rlkern._library.OWNERS[{op!r}]['CUDA'])"
+    owner = subprocess.check_output([sys.executable, "-c", ask], text=True, env=env)
+    assert "kernel='native'" in owner, owner
+    command = [sys.executable, "-m", "pytest", f"{test_file}::{name}", "-m", "gpu"]
+    command += ["-p", "no:cacheprovider"]
+    run = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stdout[-2000:]
+    assert "3 passed" in run.stdout
+
+
 def compiled(function):
     """torch.compile without the code generator: graph capture and autograd, in seconds."""
     torch._dynamo.reset()

@@ -98,6 +98,11 @@ def test_same_bits_twice_and_on_any_number_of_threads(device):
             assert_same_bits("scale", a.scale, b.scale)
 
 
+@pytest.mark.gpu
+def test_cuda_cpp_writes_the_same_bytes():
+    checks.check_native_on_cuda(OP, __file__, SAME_BYTES)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["default", "avx2"])
 def test_other_instruction_sets_write_the_same_bytes(isa):

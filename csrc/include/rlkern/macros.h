@@ -3,8 +3,10 @@
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define RLK_HD __host__ __device__ __forceinline__
+#define RLK_UNROLL _Pragma("unroll")
 #else
 #define RLK_HD inline __attribute__((always_inline))
+#define RLK_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 // A CPU kernel compiled once per instruction set and chosen when the library is loaded. The body

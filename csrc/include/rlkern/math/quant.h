@@ -17,6 +17,16 @@ inline constexpr float kLeastFloat = std::numeric_limits<float>::min();  // that
 inline constexpr int32_t kInfinityBits = 0x7F800000;
 inline constexpr int32_t kMagnitude = 0x7FFFFFFF;
 
+// a b, rounded by itself: nvcc would fuse it with an addition. GCC is told by the file not to.
+template <class F, class G>
+RLK_HD F product(F a, G b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 template <class I>
 RLK_HD I at_most(I a, int32_t bound) {
   // GCC knows a minimum by <=
@@ -66,12 +76,9 @@ RLK_HD auto e4m3(F x) {
 // The float of a code without sign.
 template <class F, class I>
 RLK_HD F from_e4m3(I code) {
-  const auto normal = (code << 20) + (120 << 23);
-  // a subnormal is code 2^-9: the adder of 2^14 again, backwards
-  const auto zero = code ^ code;
-  const auto subnormal = Bits<F>::of(Bits<F>::from(code + 0x46800000) - 16384.0f);
-  const auto bits = code < 8 ? subnormal : normal;
-  return Bits<F>::from(code == 0x7F ? zero + 0x7FC00000 : bits);
+  // bits of a float whose exponent is 120 too low, of a subnormal one where the code's is
+  const F value = Bits<F>::from(code << 20) * 0x1p120f;
+  return Bits<F>::from(code == 0x7F ? (code ^ code) + 0x7FC00000 : Bits<F>::of(value));
 }
 
 // The code of E2M1 nearest to x, ties to even, in the low four bits: saturates; NaN is 7.
@@ -210,8 +217,9 @@ inline constexpr bool kAddsZero = kDividesElements<recipe> || recipe == kFourove
 
 // What a recipe makes of max |w| over the tensor.
 struct Nvfp4Global {
-  float encode;  // S
-  float decode;  // what multiplies code * scale
+  float encode;   // S
+  float decode;   // what multiplies code * scale
+  float inverse;  // 1 / S
 
   // largest: six times the largest block scale
   static RLK_HD Nvfp4Global of(int64_t recipe, float amax, float largest) {
@@ -220,23 +228,23 @@ struct Nvfp4Global {
       if (recipe == kTe ? !(amax > 0.0f) : amax == 0.0f) s = 1.0f;
       s = s > kMostFloat ? kMostFloat : s;
       if (recipe == kTe && s == 0.0f) s = 1.0f;
-      return {s, amax / largest};
+      return {s, amax / largest, 1.0f / s};
     }
     if (recipe == kVllm || recipe == kCompressedTensors) {
       if (recipe == kCompressedTensors)
         s = 1.0f / (amax < kLeastFloat ? kLeastFloat : amax) * largest;
       // NaN or Inf
       if ((Bits<float>::of(s) & kMagnitude) >= kInfinityBits) s = 1.0f;
-      return {s, 1.0f / s};
+      return {s, 1.0f / s, 1.0f / s};
     }
-    return {s, amax / largest};
+    return {s, amax / largest, 1.0f / s};
   }
 };
 
 // 1 / (s (1 / S)); where s is 0 the largest float, of fouroversix 0.
 template <Nvfp4Recipe recipe, class F>
 RLK_HD F te_factor(F s, Nvfp4Global global) {
-  const F factor = 1.0f / (s * (1.0f / global.encode));
+  const F factor = 1.0f / (s * global.inverse);
   if constexpr (recipe == kFouroversix)
     return s == 0.0f ? F{} : factor;
   else
@@ -246,7 +254,7 @@ RLK_HD F te_factor(F s, Nvfp4Global global) {
 // What E2M1 rounds of an element.
 template <Nvfp4Recipe recipe, class F>
 RLK_HD F nvfp4_scaled(F x, F factor) {
-  const F v = kDividesElements<recipe> ? x / factor : x * factor;
+  const F v = kDividesElements<recipe> ? x / factor : product(x, factor);
   return kAddsZero<recipe> ? v + 0.0f : v;
 }
 
@@ -277,7 +285,7 @@ RLK_HD auto nvfp4_scale(F b, Nvfp4Global global, F& factor) {
   if constexpr (recipe == kTe || recipe == kFouroversix) {
     factor = te_factor<recipe>(s, global);
   } else if constexpr (recipe == kVllm) {
-    const F step = s * (1.0f / global.encode);
+    const F step = s * global.inverse;
     factor = step == 0.0f ? F{} : 1.0f / step;
   } else if constexpr (recipe == kCompressedTensors) {
     factor = s / global.encode;
@@ -288,5 +296,60 @@ RLK_HD auto nvfp4_scale(F b, Nvfp4Global global, F& factor) {
   }
   return code;
 }
+
+// How four over six adds up errors: not at all (one candidate alone), squares or magnitudes.
+enum Nvfp4Rule : int64_t { kNone, kSquares, kMagnitudes };
+
+// Whether products of max |w| by codes and scales are neither subnormal nor infinite.
+RLK_HD bool is_usual(float amax) { return amax > 0x1p-80f && amax < 0x1p100f; }
+
+// One of the two ways to encode a block by four over six: by a scale that makes the largest element
+// 6, or 4.
+template <class F>
+struct Candidate {
+  decltype(Bits<F>::of(F{})) scale;
+  F step, factor, error;
+  // what codes of 1 and 1.5 stand for, ((code step) amax) / 1536: of others they are a power of two
+  // times one of these, rounded alike where amax is usual
+  F one, one_and_half;
+
+  template <Nvfp4Recipe recipe>
+  static RLK_HD Candidate of(F raw, float amax, Nvfp4Global global) {
+    const auto scale = e4m3<F>(raw);
+    const F step = from_e4m3<F>(scale);
+    return {scale,
+            step,
+            te_factor<recipe>(step, global),
+            F{},
+            step * amax / 1536.0f,
+            1.5f * step * amax / 1536.0f};
+  }
+  // The error of elements of magnitude w: of -w it is the same.
+  template <bool kOfSquares, bool kUsual>
+  RLK_HD F error_of(F w, float amax) const {
+    const auto a = at_most(Bits<F>::of(w * factor), kLargestE2m1Bits);
+    const F rounded = NearestE2m1<F>::of(a).value();
+    const auto bits = Bits<F>::of(rounded);
+    F value;
+    if constexpr (kUsual) {
+      const auto of_power = (bits & 0x00400000) != 0 ? Bits<F>::of(one_and_half) : Bits<F>::of(one);
+      value = product(Bits<F>::from(of_power), Bits<F>::from(bits & kInfinityBits));
+    } else {
+      value = rounded * step * amax / 1536.0f;
+    }
+    const F off = value - w;
+    return kOfSquares ? product(off, off) : Bits<F>::from(Bits<F>::of(off) & kMagnitude);
+  }
+  // From left to right; with kByHalves those of elements i and i + 8 first.
+  template <bool kOfSquares, bool kByHalves, bool kUsual, class Block>
+  RLK_HD void add_errors(const Block& x, float amax) {
+    RLK_UNROLL
+    for (int e = 0; e < (kByHalves ? 8 : 16); ++e) {
+      F term = error_of<kOfSquares, kUsual>(x.magnitude(e), amax);
+      if constexpr (kByHalves) term += error_of<kOfSquares, kUsual>(x.magnitude(e + 8), amax);
+      error += term;
+    }
+  }
+};
 
 }  // namespace rlkern
