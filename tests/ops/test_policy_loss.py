@@ -1164,7 +1164,7 @@ def test_bad_packed_input_is_refused_in_one_sentence(change, error, message):
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"importance_sampling_level": "word"}, ValueError, "prefix_min, product, .* got 'word'"),
+        ({"importance_sampling_level": "word"}, ValueError, "capped, product, .* got 'word'"),
         ({"surrogate": "sapo"}, ValueError, "one of balanced, banded, clip, detached"),
         ({"kl_type": "k4"}, ValueError, r"one of abs, k1, k1\+, k2, k3, k3\+"),
         ({"loss_agg_mode": "mean"}, ValueError, "one of seq-mean-token-mean"),
