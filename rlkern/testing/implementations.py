@@ -28,6 +28,9 @@ OPS = (
     "tree_attention",
     "shared_prefix_attention",
     "sample_tokens",
+    "branch_select",
+    "suffix_similarity",
+    "smc_resample",
 )
 
 
