@@ -280,7 +280,8 @@ def _share_prefix(path: Path, saved: dict, document: Path) -> str:
         rows = f"{row['unshared_tokens']:,} -> {row['shared_tokens']:,}"
         cells = [row["dtype"], _times(row["speedup"]), rows, _error(row["gradient_difference"])]
         lines.append(_line(cells))
-    shape = ", ".join(f"{key} {value:,}" for key, value in (saved["shape"] | saved["model"]).items())
+    sizes = saved["shape"] | saved["model"]
+    shape = ", ".join(f"{key} {value:,}" for key, value in sizes.items())
     load = saved["machine_info"]["load_at_end"][-1]
     return "\n".join([*lines, "", f"{shape}. Load average over 15 minutes: {load}.", ""])
 
