@@ -110,6 +110,8 @@ def markdown(name: str, document: Path) -> str:
             parts.append(_weight_sync(path, saved, document))
         elif saved.get("kind") == "share_prefix":
             parts.append(_share_prefix(path, saved, document))
+        elif saved.get("kind") == "rollout":
+            parts.append(_rollout(path, saved, document))
         elif saved.get("kind") == "kernel_resources":
             parts.append(_kernel_resources(path, saved, document))
         else:
@@ -272,6 +274,22 @@ def _weight_sync(path: Path, saved: dict, document: Path) -> str:
     return "\n".join([*lines, "", end, ""])
 
 
+def _rollout(path: Path, saved: dict, document: Path) -> str:
+    """Tokens a second of the native engine over those of transformers' generate."""
+    head = ["model", "dtype", "prompts x samples", "prompt", "new tokens"]
+    head += ["rlkern / generate", "unshared / generate", "KV reads saved"]
+    lines = [_source(path, saved, document), "", *_head(head)]
+    for row in saved["rows"]:
+        rates = row["tokens_per_second"]
+        cells = [row["model"], row["dtype"], f"{row['prompts']} x {saved['group']}"]
+        cells += [f"{row['prompt']:,}", f"{row['new']:,}", _times(row["speedup"])]
+        cells += [_times(rates["unshared"] / rates["generate"]), f"{row['kv_saved']:.0%}"]
+        lines.append(_line(cells))
+    load = saved["machine_info"]["load_at_end"][-1]
+    end = f"transformers {saved['transformers']}. Load average over 15 minutes: {load}."
+    return "\n".join([*lines, "", end, ""])
+
+
 def _share_prefix(path: Path, saved: dict, document: Path) -> str:
     """A training step with the prompt once, over one with a copy for each response."""
     head = ["dtype", "unshared / shared", "rows of the model", "gradients differ by"]
@@ -280,8 +298,9 @@ def _share_prefix(path: Path, saved: dict, document: Path) -> str:
         rows = f"{row['unshared_tokens']:,} -> {row['shared_tokens']:,}"
         cells = [row["dtype"], _times(row["speedup"]), rows, _error(row["gradient_difference"])]
         lines.append(_line(cells))
-    sizes = saved["shape"] | saved["model"]
-    shape = ", ".join(f"{key} {value:,}" for key, value in sizes.items())
+    shape = ", ".join(
+        f"{key} {value:,}" for key, value in (saved["shape"] | saved["model"]).items()
+    )
     load = saved["machine_info"]["load_at_end"][-1]
     return "\n".join([*lines, "", f"{shape}. Load average over 15 minutes: {load}.", ""])
 

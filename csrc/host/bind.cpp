@@ -36,13 +36,15 @@ py::array_t<T> give(std::vector<T>&& vector, int64_t rows, int64_t columns) {
 
 py::tuple give_tokens(const std::vector<Token>& tokens) {
   std::vector<int32_t> ids, versions;
-  std::vector<float> logprob;
+  std::vector<float> logprob, entropy;
   for (const Token& token : tokens) {
     ids.push_back(token.id);
     logprob.push_back(token.logprob);
+    entropy.push_back(token.entropy);
     versions.push_back(token.version);
   }
-  return py::make_tuple(give(std::move(ids)), give(std::move(logprob)), give(std::move(versions)));
+  return py::make_tuple(give(std::move(ids)), give(std::move(logprob)), give(std::move(entropy)),
+                        give(std::move(versions)));
 }
 
 py::tuple give_work(Work&& work) {
@@ -69,7 +71,7 @@ PYBIND11_MODULE(_C_host, m) {
   using namespace rlkern::kv;
   using Ids = Array<int64_t>;
   using Tokens = Array<int32_t>;
-  using Logprob = Array<float>;
+  using Floats = Array<float>;
   m.doc() = "The prefix tree of a paged KV cache; rlkern.kv is its public face.";
   py::class_<Tree>(m, "Tree")
       .def(py::init([](int64_t num_pages, int64_t page_size, int stale) {
@@ -77,14 +79,15 @@ PYBIND11_MODULE(_C_host, m) {
       }))
       .def("create",
            [](Tree& tree, const Tokens& tokens, const Ids& offsets, const Ids& groups,
-              const Logprob& logprob) {
-             return give(tree.create(view(tokens), view(offsets), view(groups), view(logprob)));
+              const Floats& logprob, const Floats& entropy) {
+             return give(tree.create(view(tokens), view(offsets), view(groups),
+                                     {view(logprob), view(entropy)}));
            })
       .def("fork",
            [](Tree& tree, const Ids& ids, const Ids& counts, const Ids& at, const Tokens& forced,
-              const Logprob& logprob) {
+              const Floats& logprob, const Floats& entropy) {
              std::vector<int64_t> children;
-             check(tree.fork(view(ids), view(counts), view(at), view(forced), view(logprob),
+             check(tree.fork(view(ids), view(counts), view(at), view(forced), {view(logprob), view(entropy)},
                              &children),
                    "fork", view(ids), tree);
              return give(std::move(children));
@@ -122,8 +125,8 @@ PYBIND11_MODULE(_C_host, m) {
            })
       .def("append",
            [](Tree& tree, const Ids& ids, const Tokens& tokens, const Ids& offsets,
-              const Logprob& logprob) {
-             check(tree.append(view(ids), view(tokens), view(offsets), view(logprob)), "append",
+              const Floats& logprob, const Floats& entropy) {
+             check(tree.append(view(ids), view(tokens), view(offsets), {view(logprob), view(entropy)}), "append",
                    view(ids), tree);
            })
       .def("append_slots",
@@ -140,9 +143,10 @@ PYBIND11_MODULE(_C_host, m) {
              return give_work(std::move(work));
            })
       .def("plan",
-           [](Tree& tree, const Ids& ids, int64_t chunk, bool share) {
+           [](Tree& tree, const Ids& ids, const Ids& counts, int64_t chunk, bool share) {
              Plan plan;
-             check(tree.plan(view(ids), chunk, share, &plan), "plan", view(ids), tree);
+             check(tree.plan(view(ids), view(counts), chunk, share, &plan), "plan", view(ids),
+                   tree);
              return py::make_tuple(give(std::move(plan.rows)), give(std::move(plan.items)),
                                    give(std::move(plan.slots)), give(std::move(plan.trees)),
                                    give(std::move(plan.parts)), give(std::move(plan.part_offsets)),

@@ -10,8 +10,9 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Outcome fail(Status status, int64_t at) { return {status, at, 0}; }
 
-float logprob_at(std::span<const float> logprob, int64_t i) {
-  return logprob.empty() ? 0.0f : logprob[i];
+Token marked(int32_t id, const Marks& marks, int64_t i, int32_t version) {
+  const auto at = [i](std::span<const float> values) { return values.empty() ? 0.0f : values[i]; };
+  return {id, at(marks.logprob), at(marks.entropy), version};
 }
 
 void erase_value(std::vector<int32_t>& list, int32_t value) {
@@ -305,12 +306,12 @@ std::vector<Token> Tree::tokens_between(const Branch& b, int64_t begin, int64_t 
 // Verbs.
 
 std::vector<int64_t> Tree::create(std::span<const int32_t> tokens, std::span<const int64_t> offsets,
-                                  std::span<const int64_t> groups, std::span<const float> logprob) {
+                                  std::span<const int64_t> groups, const Marks& marks) {
   std::vector<int64_t> ids;
   for (size_t i = 0; i < groups.size(); ++i) {
     Branch& branch = branches_[add_branch(groups[i], -1)];
     for (int64_t t = offsets[i]; t < offsets[i + 1]; ++t)
-      branch.due.push_back({tokens[t], logprob_at(logprob, t), version_});
+      branch.due.push_back(marked(tokens[t], marks, t, version_));
     ids.push_back(branch.id);
   }
   return ids;
@@ -318,7 +319,7 @@ std::vector<int64_t> Tree::create(std::span<const int32_t> tokens, std::span<con
 
 Outcome Tree::fork(std::span<const int64_t> ids, std::span<const int64_t> counts,
                    std::span<const int64_t> at, std::span<const int32_t> forced,
-                   std::span<const float> logprob, std::vector<int64_t>* children) {
+                   const Marks& marks, std::vector<int64_t>* children) {
   std::vector<int32_t> found;
   if (const Outcome outcome = find_live(ids, &found); !outcome) return outcome;
   const bool is_forced = !forced.empty();
@@ -343,7 +344,7 @@ Outcome Tree::fork(std::span<const int64_t> ids, std::span<const int64_t> counts
       const int32_t b = add_branch(branches_[parent].group, parent);
       branches_[b].due = due;
       if (is_forced)
-        branches_[b].due.push_back({forced[child], logprob_at(logprob, child), version_});
+        branches_[b].due.push_back(marked(forced[child], marks, child, version_));
       attach(b, node);
       children->push_back(branches_[b].id);
     }
@@ -469,12 +470,12 @@ Outcome Tree::set_version(int32_t version) {
 }
 
 Outcome Tree::append(std::span<const int64_t> ids, std::span<const int32_t> tokens,
-                     std::span<const int64_t> offsets, std::span<const float> logprob) {
+                     std::span<const int64_t> offsets, const Marks& marks) {
   std::vector<int32_t> found;
   if (const Outcome outcome = find_live(ids, &found); !outcome) return outcome;
   for (size_t i = 0; i < ids.size(); ++i)
     for (int64_t t = offsets[i]; t < offsets[i + 1]; ++t)
-      branches_[found[i]].due.push_back({tokens[t], logprob_at(logprob, t), version_});
+      branches_[found[i]].due.push_back(marked(tokens[t], marks, t, version_));
   return {};
 }
 
@@ -576,9 +577,31 @@ Outcome Tree::recompute(std::span<const int64_t> ids, Work* work) {
   return {};
 }
 
-Outcome Tree::plan(std::span<const int64_t> ids, int64_t chunk, bool share, Plan* plan) {
+Outcome Tree::plan(std::span<const int64_t> ids, std::span<const int64_t> counts, int64_t chunk,
+                   bool share, Plan* plan) {
   std::vector<int32_t> found;
   if (const Outcome outcome = find_readable(ids, &found); !outcome) return outcome;
+  // a row of the batch is the path of `end` tokens to a token of a node
+  struct Row {
+    int32_t node, end;
+  };
+  std::vector<Row> batch;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const Branch& b = branches_[found[i]];
+    const int64_t tokens = cached(b);
+    if (counts[i] < 0 || counts[i] > std::max<int64_t>(tokens, 1))
+      return {Status::kBadPosition, static_cast<int64_t>(i)};
+    if (counts[i] == 1 && tokens == 0) batch.push_back({-1, 0});
+    if (tokens == 0) continue;
+    const size_t first = batch.size();
+    int32_t node = b.node;
+    for (int64_t end = tokens; end > tokens - counts[i]; --end) {
+      while (nodes_[node].start >= end) node = nodes_[node].parent;
+      batch.push_back({node, static_cast<int32_t>(end)});
+    }
+    std::reverse(batch.begin() + first, batch.end());
+  }
+  const int64_t num_rows = static_cast<int64_t>(batch.size());
   std::vector<int32_t> path_slots;
   int32_t num_parts = 0;
   const auto emit = [&](int64_t k, int64_t end, int64_t row, int64_t rows) {
@@ -603,28 +626,32 @@ Outcome Tree::plan(std::span<const int64_t> ids, int64_t chunk, bool share, Plan
     plan->trees.push_back(static_cast<int32_t>(plan->items.size() / kItemFields));
   };
   if (!share) {
-    for (size_t i = 0; i < ids.size(); ++i) {
+    for (int64_t i = 0; i < num_rows; ++i) {
       path_slots.clear();
-      for (const int32_t n : path(branches_[found[i]].node)) add_slots(nodes_[n]);
-      const int64_t length = static_cast<int64_t>(path_slots.size());
-      for (int64_t k = 0; k * chunk < length; ++k)
-        emit(k, std::min(length, (k + 1) * chunk), static_cast<int64_t>(i), 1);
+      for (const int32_t n : path(batch[i].node)) add_slots(nodes_[n]);
+      for (int64_t k = 0; k * chunk < batch[i].end; ++k)
+        emit(k, std::min<int64_t>(batch[i].end, (k + 1) * chunk), i, 1);
       plan->rows.push_back(static_cast<int32_t>(i));
       end_tree();
     }
   } else {
     // of each node on a path: rows of the batch that end in it (a list), and at or below it
-    std::vector<int32_t> head(nodes_.size(), -1), below(nodes_.size(), 0), next(ids.size(), -1);
-    std::vector<int32_t> roots;
-    for (int64_t i = static_cast<int64_t>(ids.size()) - 1; i >= 0; --i) {
-      const int32_t tip = branches_[found[i]].node;
-      if (tip < 0) continue;
-      next[i] = head[tip];
-      head[tip] = static_cast<int32_t>(i);
+    std::vector<int32_t> head(nodes_.size(), -1), below(nodes_.size(), 0), next(num_rows, -1);
+    std::vector<int32_t> roots, here;
+    for (int64_t i = num_rows - 1; i >= 0; --i) {
+      const int32_t node = batch[i].node;
+      if (node < 0) continue;
+      next[i] = head[node];
+      head[node] = static_cast<int32_t>(i);
     }
-    for (size_t i = 0; i < ids.size(); ++i)
-      for (int32_t n = branches_[found[i]].node; n >= 0; n = nodes_[n].parent)
-        if (below[n]++ == 0 && nodes_[n].parent < 0) roots.push_back(n);
+    // rows of one node are neighbours, and climb as one
+    for (int64_t i = 0, last; i < num_rows; i = last) {
+      for (last = i + 1; last < num_rows && batch[last].node == batch[i].node;) ++last;
+      for (int32_t n = batch[i].node; n >= 0; n = nodes_[n].parent) {
+        if (below[n] == 0 && nodes_[n].parent < 0) roots.push_back(n);
+        below[n] += static_cast<int32_t>(last - i);
+      }
+    }
     std::vector<int32_t> stack;
     for (const int32_t root : roots) {
       stack.push_back(root);
@@ -633,23 +660,36 @@ Outcome Tree::plan(std::span<const int64_t> ids, int64_t chunk, bool share, Plan
         const Node& node = nodes_[index];
         stack.pop_back();
         add_slots(node);
-        const int64_t row = static_cast<int64_t>(plan->rows.size()), end = node.end();
-        for (int32_t i = head[index]; i >= 0; i = next[i]) plan->rows.push_back(i);
-        const int64_t ending = static_cast<int64_t>(plan->rows.size()) - row;
-        for (int64_t k = node.start / chunk; (k + 1) * chunk <= end; ++k)
-          emit(k, (k + 1) * chunk, row, below[index]);
-        if (ending > 0 && end % chunk != 0) emit(end / chunk, end, row, ending);
+        // the shorter paths first: who reads a chunk is a run that ends with all below
+        here.clear();
+        for (int32_t i = head[index]; i >= 0; i = next[i]) here.push_back(i);
+        const auto shorter = [&](int32_t a, int32_t b) { return batch[a].end < batch[b].end; };
+        if (!std::is_sorted(here.begin(), here.end(), shorter))
+          std::stable_sort(here.begin(), here.end(), shorter);
+        const int64_t row = static_cast<int64_t>(plan->rows.size());
+        const int64_t ending = static_cast<int64_t>(here.size());
+        plan->rows.insert(plan->rows.end(), here.begin(), here.end());
+        int64_t skipped = 0;
+        for (int64_t k = node.start / chunk; (k + 1) * chunk <= node.end(); ++k) {
+          while (skipped < ending && batch[here[skipped]].end < (k + 1) * chunk) ++skipped;
+          emit(k, (k + 1) * chunk, row + skipped, below[index] - skipped);
+        }
+        for (int64_t i = 0, last; i < ending; i = last) {
+          const int64_t end = batch[here[i]].end;
+          for (last = i + 1; last < ending && batch[here[last]].end == end;) ++last;
+          if (end % chunk != 0) emit(end / chunk, end, row + i, last - i);
+        }
         for (auto c = node.children.rbegin(); c != node.children.rend(); ++c)
           if (below[*c] > 0) stack.push_back(*c);
       }
       end_tree();
     }
-    for (size_t i = 0; i < ids.size(); ++i)
-      if (branches_[found[i]].node < 0) plan->rows.push_back(static_cast<int32_t>(i));
+    for (int64_t i = 0; i < num_rows; ++i)
+      if (batch[i].node < 0) plan->rows.push_back(static_cast<int32_t>(i));
   }
   // items come in the order of every path: each row's parts are in order, too
   const size_t items = plan->items.size() / kItemFields;
-  plan->part_offsets.assign(ids.size() + 1, 0);
+  plan->part_offsets.assign(num_rows + 1, 0);
   for (size_t i = 0; i < items; ++i) {
     const int32_t* item = &plan->items[i * kItemFields];
     for (int32_t r = 0; r < item[kRowCount]; ++r) ++plan->part_offsets[item[kRowBegin] + r + 1];

@@ -51,7 +51,13 @@ enum class Stale { kRecompute, kKeep, kForbid };
 struct Token {
   int32_t id;
   float logprob;
+  float entropy;    // of what it was drawn from
   int32_t version;  // of the weights that drew it
+};
+
+// Of tokens that a verb brings; empty: zeros.
+struct Marks {
+  std::span<const float> logprob, entropy;
 };
 
 // Tokens to feed: where their keys and values go. A segment is a branch's, or a node's.
@@ -61,7 +67,7 @@ struct Work {
   std::vector<int64_t> branches;  // one whose path holds the segment
 };
 
-// The work list of a decode step over the branches of a batch; see docs/kv.md.
+// The work list of attention over the last cached tokens of branches; see docs/kv.md.
 struct Plan {
   std::vector<int32_t> rows;      // the batch in the order of the tree
   std::vector<int32_t> items;     // kItemFields numbers each
@@ -104,13 +110,13 @@ class Tree {
 
   // One branch for each sequence of tokens, all of them still to be fed.
   std::vector<int64_t> create(std::span<const int32_t> tokens, std::span<const int64_t> offsets,
-                              std::span<const int64_t> groups, std::span<const float> logprob);
+                              std::span<const int64_t> groups, const Marks& marks);
   // counts[i] children of each branch, of its first at[i] tokens, the last of which is pending; at
   // -1: of all there is, as it is. With `forced`, one token for every child, the children keep
   // at[i] tokens cached and this one is pending.
   Outcome fork(std::span<const int64_t> branches, std::span<const int64_t> counts,
                std::span<const int64_t> at, std::span<const int32_t> forced,
-               std::span<const float> logprob, std::vector<int64_t>* children);
+               const Marks& marks, std::vector<int64_t>* children);
   // With `subtree`, also what was forked from them, but for pinned branches.
   Outcome prune(std::span<const int64_t> branches, bool subtree);
   // To the first lengths[i] tokens, the last of which becomes pending.
@@ -125,13 +131,15 @@ class Tree {
   Outcome set_version(int32_t version);
   // Tokens after those that each branch has.
   Outcome append(std::span<const int64_t> branches, std::span<const int32_t> tokens,
-                 std::span<const int64_t> offsets, std::span<const float> logprob);
+                 std::span<const int64_t> offsets, const Marks& marks);
   // Slots for the next counts[i] tokens of each branch, which count as cached from now on; -1: all.
   Outcome append_slots(std::span<const int64_t> branches, std::span<const int64_t> counts,
                        Work* work);
   // The nodes of these branches that must be computed again, parents first; they count as computed.
   Outcome recompute(std::span<const int64_t> branches, Work* work);
-  Outcome plan(std::span<const int64_t> branches, int64_t chunk, bool share, Plan* plan);
+  // A row of the batch for each of the last counts[i] cached tokens of a branch.
+  Outcome plan(std::span<const int64_t> branches, std::span<const int64_t> counts, int64_t chunk,
+               bool share, Plan* plan);
   Outcome block_table(std::span<const int64_t> branches, BlockTable* table);
   Export export_group(int64_t group) const;
 

@@ -34,6 +34,15 @@ class BlockTable(NamedTuple):
     lengths: Tensor  # int32 [B], cached tokens
 
 
+class History(NamedTuple):
+    """The tokens of one branch, cached or not; on the CPU."""
+
+    tokens: Tensor  # int32 [T]
+    logprob: Tensor  # float32 [T], as given to new, fork or append
+    entropy: Tensor  # float32 [T], likewise
+    versions: Tensor  # int32 [T], of the weights when the token was given
+
+
 class TreeExport(NamedTuple):
     """The nodes of a group in depth-first order: the rollout as training packs it.
 
@@ -47,6 +56,7 @@ class TreeExport(NamedTuple):
     kv_version: Tensor  # int64 [N], of the weights that computed the node's keys and values
     tokens: Tensor  # int32 [T], node after node
     logprob: Tensor  # float32 [T], as given to new, fork or append
+    entropy: Tensor  # float32 [T], likewise
     versions: Tensor  # int32 [T], of the weights when the token was given
     branches: Tensor  # int64 [B]
     branch_node: Tensor  # int32 [B], where a branch ends; -1: it has no tokens
@@ -115,7 +125,7 @@ class TreeKVCache:
         self._tree = _host.load().Tree(num_pages, page_size, _STALE.index(stale))
         self.page_size, self.stale = page_size, stale
         self.device = torch.device(device)
-        self.chunk = chunk if chunk is not None else 64 if self.device.type == "cpu" else 256
+        self.chunk = default_chunk(self.device) if chunk is None else chunk
         _check.positive("TreeKVCache", "chunk", self.chunk)
         shape = (num_layers, num_pages, page_size, num_kv_heads, head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
@@ -130,6 +140,7 @@ class TreeKVCache:
         *,
         group: Ids = 0,
         logprob: Tensor | None = None,
+        entropy: Tensor | None = None,
     ) -> Tensor:
         """A branch for each sequence of packed tokens (one sequence without cu_seqlens).
 
@@ -138,7 +149,8 @@ class TreeKVCache:
         ids = _ints(tokens, np.int32)
         offsets = _offsets("new", cu_seqlens, len(ids))
         groups = _spread("new", "group", group, len(offsets) - 1)
-        return _give(self._tree.create(ids, offsets, groups, _floats("new", logprob, len(ids))))
+        marks = _marks("new", logprob, entropy, len(ids))
+        return _give(self._tree.create(ids, offsets, groups, *marks))
 
     def fork(
         self,
@@ -148,6 +160,7 @@ class TreeKVCache:
         at: Ids | None = None,
         forced: Ids | None = None,
         logprob: Tensor | None = None,
+        entropy: Tensor | None = None,
     ) -> Tensor:
         """n[i] children of each branch, one after another. -> int64 [sum n].
 
@@ -162,8 +175,8 @@ class TreeKVCache:
         tokens = np.empty(0, np.int32)
         if forced is not None:
             tokens = _spread("fork", "forced", forced, int(counts.sum())).astype(np.int32)
-        scores = _floats("fork", logprob, len(tokens))
-        return _give(self._tree.fork(ids, counts, positions, tokens, scores))
+        marks = _marks("fork", logprob, entropy, len(tokens))
+        return _give(self._tree.fork(ids, counts, positions, tokens, *marks))
 
     def prune(self, branches: Ids, *, subtree: bool = False) -> None:
         """Ends branches and frees what nobody else reads.
@@ -217,6 +230,7 @@ class TreeKVCache:
         cu_seqlens: Tensor | None = None,
         *,
         logprob: Tensor | None = None,
+        entropy: Tensor | None = None,
     ) -> None:
         """Tokens at the end of each branch: one each, or packed with cu_seqlens."""
         ids, new = _ints(branches), _ints(tokens, np.int32)
@@ -226,7 +240,7 @@ class TreeKVCache:
         else:
             offsets = _offsets("append", cu_seqlens, len(new))
             _same_length("append", "cu_seqlens", offsets, len(ids) + 1)
-        self._tree.append(ids, new, offsets, _floats("append", logprob, len(new)))
+        self._tree.append(ids, new, offsets, *_marks("append", logprob, entropy, len(new)))
 
     def append_slots(self, branches: Ids, n: Ids | None = None) -> Work:
         """Slots for the next n[i] tokens of each branch, by default for all that are not cached.
@@ -251,12 +265,16 @@ class TreeKVCache:
 
     # Reading.
 
-    def plan(self, branches: Ids, *, share: bool = True) -> TreePlan:
-        """The work list of a decode step, one for all layers.
+    def plan(self, branches: Ids, n: Ids = 1, *, share: bool = True) -> TreePlan:
+        """The work list of attention, one for all layers.
 
+        n: a row of the batch for each of the last n[i] cached tokens of each branch, which reads
+            the path up to that token: what append_slots gave is n = work.cu_seqlens.diff().
         share=False reads every row's whole path for itself, with the same results.
         """
-        *parts, max_rows = self._tree.plan(_ints(branches), self.chunk, share)
+        ids = _ints(branches)
+        counts = _spread("plan", "n", n, len(ids))
+        *parts, max_rows = self._tree.plan(ids, counts, self.chunk, share)
         # one copy to the device
         whole = torch.from_numpy(np.concatenate(parts)).to(self.device)
         rows, items, *rest = whole.split([len(part) for part in parts])
@@ -277,14 +295,17 @@ class TreeKVCache:
         return BlockTable(*(torch.from_numpy(x).to(self.device) for x in (pages, lengths)))
 
     def export_tree(self, group: int) -> TreeExport:
-        """The nodes of all branches of a group: tokens, log-probs and versions for training."""
-        *nodes, (tokens, logprob, versions), branches, branch_node = self._tree.export_group(group)
-        arrays = (*nodes, tokens, logprob, versions, branches, branch_node)
-        return TreeExport(*map(_give, arrays))
+        """The nodes of all branches of a group, with their tokens, for training."""
+        *nodes, tokens, branches, branch_node = self._tree.export_group(group)
+        return TreeExport(*map(_give, (*nodes, *tokens, branches, branch_node)))
 
     def tokens(self, branch: int) -> Tensor:
         """All tokens of a branch, cached or not. -> int32 [T]."""
-        return _give(self._tree.tokens(int(branch))[0])
+        return self.history(branch).tokens
+
+    def history(self, branch: int) -> History:
+        """All tokens of a branch, with what was told of them."""
+        return History(*map(_give, self._tree.tokens(int(branch))))
 
     def slots(self, branch: int) -> Tensor:
         """Where each cached token of a branch lies. -> int32 [cached]."""
@@ -314,6 +335,11 @@ class TreeKVCache:
         slots, positions, tokens, offsets, branches = arrays
         whole = torch.from_numpy(np.stack([slots, positions, tokens])).to(self.device)
         return Work(*whole.unbind(), _give(offsets), _give(branches))
+
+
+def default_chunk(device: torch.device) -> int:
+    """Tokens of an item of a plan."""
+    return 64 if device.type == "cpu" else 256
 
 
 def _give(array: np.ndarray) -> Tensor:
@@ -356,9 +382,14 @@ def _offsets(verb: str, cu_seqlens: Tensor | None, tokens: int) -> np.ndarray:
     return bounds
 
 
-def _floats(verb: str, values: Tensor | None, length: int) -> np.ndarray:
-    if values is None:
-        return np.empty(0, np.float32)
-    array = torch.as_tensor(values, dtype=torch.float32).detach().cpu().numpy().reshape(-1)
-    _same_length(verb, "logprob", array, length)
-    return array
+def _marks(
+    verb: str, logprob: Tensor | None, entropy: Tensor | None, length: int
+) -> list[np.ndarray]:
+    arrays = []
+    for name, values in (("logprob", logprob), ("entropy", entropy)):
+        given = [] if values is None else values
+        array = torch.as_tensor(given, dtype=torch.float32).detach().cpu().numpy().reshape(-1)
+        if values is not None:
+            _same_length(verb, name, array, length)
+        arrays.append(array)
+    return arrays

@@ -9,8 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from rlkern.kv.pack import TreePack, plan_of
 from rlkern.ops.shared_prefix_attention import shared_prefix_attention
+from rlkern.ops.tree_attention import tree_attention
 
 NAME = "rlkern"
 
@@ -29,13 +32,15 @@ class Attend(Protocol):
     ) -> Tensor: ...  # (T, Hq, D)
 
 
-def attending(how: Attend) -> dict[str, Any]:
+def attending(how: Attend, longest: int | None = None) -> dict[str, Any]:
     """Arguments of a model's forward that make every layer attend by `how`.
 
-    The tokens are one row: input_ids and position_ids (1, T).
+    The tokens are one row: input_ids and position_ids (1, T). longest: no path has more tokens, so
+    that layers with a sliding window of as many may see all of it; without it they are refused.
     """
     # A mask of four dimensions is taken as it is: none is made of T x T.
-    return {"attend": how, "attention_mask": torch.empty(1, 1, 1, 1), "use_cache": False}
+    mask = torch.empty(1, 1, 1, 1)
+    return {"attend": how, "longest": longest, "attention_mask": mask, "use_cache": False}
 
 
 def along_tree(subtree_end: Tensor | None, cu_seqlens: Tensor | None = None) -> Attend:
@@ -49,14 +54,55 @@ def along_tree(subtree_end: Tensor | None, cu_seqlens: Tensor | None = None) -> 
     return attend
 
 
+def as_decoded(pack: TreePack) -> Attend:
+    """The same with the bits of decoding: each row adds up its path in the chunks of a cache.
+
+    Along the tree the keys of one row are cut where its pack is, which is not where a cache of its
+    path alone would be cut; `tree_attention` cuts every path alike. The backward is that of
+    `shared_prefix_attention`.
+    """
+    plan = plan_of(pack)
+
+    def attend(layer, query, key, value, scale, softcap):
+        tree = pack.subtree_end, pack.cu_seqlens
+        return AsDecoded.apply(query, key, value, plan, *tree, scale, softcap or 0.0)
+
+    return attend
+
+
+class AsDecoded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, plan, subtree_end, cu_seqlens, scale, softcap):
+        q, k, v = (x.contiguous() for x in (query, key, value))
+        out, lse = tree_attention(
+            q, k[:, None], v[:, None], plan, scale=scale, softcap=softcap or None
+        )
+        ctx.save_for_backward(q, k, v, out, lse, subtree_end, cu_seqlens)
+        ctx.scalars = scale, softcap
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, lse, *tree = ctx.saved_tensors
+        run = torch.ops.rlkern.shared_prefix_attention_bwd
+        grads = run(grad.contiguous(), None, q, k, v, out, lse, *tree, *ctx.scalars)
+        return *grads, *(None,) * 5
+
+
 def install(model: nn.Module) -> None:
-    """Registers the implementation and switches `model` to it."""
+    """Switches `model` to it."""
+    register()
+    model.set_attn_implementation(NAME)
+
+
+def register() -> None:
+    """Makes the implementation known to transformers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
 
 
 def attention(
@@ -71,6 +117,7 @@ def attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     attend: Attend | None = None,
+    longest: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers calls it: (B, H, T, D) query, key and value; returns (B, T, Hq, D)."""
@@ -84,8 +131,9 @@ def attention(
         )
     if dropout:
         raise ValueError(f"{NAME}: expected no dropout, got {dropout}")
-    if sliding_window is not None:
-        raise ValueError(f"{NAME}: expected no sliding window, got {sliding_window}")
+    if sliding_window is not None and (longest is None or longest > sliding_window):
+        what = f"{NAME}: expected no path longer than the sliding window of {sliding_window}"
+        raise ValueError(f"{what}, got {longest or 'no `longest`'}")
     if len(query) != 1:
         raise ValueError(f"{NAME}: expected packed tokens as one row, got {len(query)} rows")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rlkern import _check
-from rlkern.kv.cache import TreeExport
+from rlkern.kv.cache import TreeExport, TreeKVCache, default_chunk
+from rlkern.ops.tree_attention import TreePlan
 
 
 class TreePack(NamedTuple):
@@ -135,6 +137,38 @@ def tree_advantages(
     zero = weight.new_zeros(len(pack.targets))
     terms = (weight * adv.clamp(min=0), weight * adv.clamp(max=0), weight)
     return tuple(zero.index_add(0, pack.paths, x) for x in terms)
+
+
+def plan_of(pack: TreePack) -> TreePlan:
+    """The plan by which `tree_attention` reads the pack, its keys and values as pages of one token.
+
+    A row of the batch is a row of the pack; slots are rows of the pack.
+    """
+    tokens, device = len(pack.ids), pack.ids.device
+    tree = TreeKVCache(
+        num_layers=1, num_kv_heads=1, head_dim=1, num_pages=max(1, tokens), page_size=1,
+        chunk=default_chunk(device),
+    )  # fmt: skip
+    before, positions = pack.pred_row.cpu().numpy(), pack.positions.cpu().numpy()
+    begins = np.flatnonzero((before != np.arange(tokens) - 1) | (np.arange(tokens) == 0))
+    lengths = np.diff(np.append(begins, tokens))
+    branches: list[int] = []
+    slots = [torch.empty(0, dtype=torch.int32)]
+    for begin, length in zip(begins.tolist(), lengths.tolist(), strict=True):
+        above = int(before[begin])
+        if above < 0:
+            branch = tree.new([0] * length)
+        else:
+            owner = branches[int(np.searchsorted(begins, above, side="right")) - 1]
+            branch = tree.fork(owner, at=int(positions[above]) + 1, forced=0)
+            tree.append(branch, [0] * (length - 1), torch.tensor([0, length - 1]))
+        slots.append(tree.append_slots(branch).slots)
+        branches.append(int(branch))
+    plan = tree.plan(branches, lengths)
+    row_of = torch.empty(tree.num_pages, dtype=torch.int32)
+    row_of[torch.cat(slots).long()] = torch.arange(tokens, dtype=torch.int32)
+    plan = plan._replace(slots=row_of[plan.slots.long()])
+    return TreePlan(*(part.to(device) for part in plan[:6]), *plan[6:])
 
 
 def _pack(

@@ -4,7 +4,7 @@ P prompts, G samples of each, S = P * G sequences, T response tokens of all sequ
 """
 
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,11 +25,28 @@ class Rollouts:
     logprob: Tensor  # float32 [T], of the sampled token, at the sampling temperature
     group_ids: Tensor  # int64 [S]
     truncated: Tensor  # bool [S], no end token within max_new_tokens
+    entropy: Tensor | None = None  # float32 [T], of softmax(logits / temperature)
+    versions: Tensor | None = None  # int64 [T], of the weights that drew the token
+    # int64 [T], the first place of the same token of the same tree: itself unless sequences share
+    origin: Tensor | None = None
+    mask: Tensor | None = None  # bool [T], False: given by a strategy, not drawn
+    prompt_ids: Tensor | None = None  # int64 [P], the number of each prompt among those handed in
 
     @property
     def lengths(self) -> Tensor:
         """int64 [S]: response tokens of each sequence."""
         return self.cu_seqlens.diff()
+
+    def trained(self, values: Tensor) -> Tensor:
+        """Of values [T], those of tokens that were drawn."""
+        return values if self.mask is None else values[self.mask]
+
+    @property
+    def trained_lengths(self) -> Tensor:
+        """int64 [S]: drawn tokens of each sequence."""
+        if self.mask is None:
+            return self.lengths
+        return torch.nn.functional.pad(self.mask.cumsum(0), (1, 0))[self.cu_seqlens].diff()
 
     def prompts(self) -> list[Tensor]:
         """The prompt of each of the S sequences, as views."""
@@ -42,15 +59,18 @@ class Rollouts:
 
     def select(self, rows: Tensor) -> "Rollouts":
         """These of the S sequences, in this order."""
-        picked = rows.tolist()
-        parts = (t.split(self.lengths.tolist()) for t in (self.tokens, self.logprob))
-        tokens, logprob = (torch.cat([part[i] for i in picked]) for part in parts)
         lengths = self.lengths[rows]
+        starts = torch.repeat_interleave(self.cu_seqlens[rows] - offsets(lengths)[:-1], lengths)
+        at = starts + torch.arange(len(starts), device=starts.device)
+        per_token = ("tokens", "logprob", "entropy", "versions", "mask")
+        given = {name: getattr(self, name) for name in per_token}
+        changed = {name: tensor[at] for name, tensor in given.items() if tensor is not None}
+        if self.origin is not None:
+            changed["origin"] = first_place(self.origin[at])
         return replace(
             self,
-            tokens=tokens,
-            logprob=logprob,
-            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)),
+            **changed,
+            cu_seqlens=offsets(lengths),
             group_ids=self.group_ids[rows],
             truncated=self.truncated[rows],
         )
@@ -61,7 +81,8 @@ class Rollouts:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {f.name: getattr(self, f.name) for f in fields(self)} | extra
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part)
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        save_file({name: t.detach().cpu().contiguous() for name, t in given.items()}, part)
         part.replace(path)
 
     @classmethod
@@ -71,10 +92,24 @@ class Rollouts:
         """Returns the rollouts and whatever `extra` tensors `save` was given."""
         try:
             tensors = load_file(path, device=str(device))
-            own = {f.name: tensors.pop(f.name) for f in fields(cls)}
+            own = {f.name: tensors.pop(f.name) for f in fields(cls) if f.default is MISSING}
+            own |= {f.name: tensors.pop(f.name, None) for f in fields(cls) if f.name not in own}
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(f"Rollouts.load: {path} is not a saved rollout: {error}") from error
         return cls(**own), tensors
+
+
+def offsets(lengths: Tensor) -> Tensor:
+    """[N] lengths -> [N + 1] offsets, from 0."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def first_place(ids: Tensor) -> Tensor:
+    """[T] ids -> [T], the first place of the same id."""
+    _, group = ids.unique(return_inverse=True)
+    place = torch.arange(len(ids), device=ids.device)
+    first = torch.full_like(place, len(ids)).scatter_reduce(0, group, place, "amin")
+    return first[group]
 
 
 class Engine(Protocol):

@@ -1,46 +1,80 @@
-"""Sampling with a Hugging Face causal LM and a KV cache, in the trainer's own process.
+"""Continuous batching over the tree cache, in the trainer's own process.
 
-Each prompt is prefilled once and its cache expanded to the group. Prompts of unequal length are
-padded on the left. No weight copy, no server: the trained weights are the sampling weights.
+A step feeds one packed row of tokens, prompts that have just been admitted beside the last token of
+every branch, and samples from the logits of each branch's last token. Attention reads every cached
+token once for all branches that share it. No weight copy, no server: the model's weights, quantised
+or not, are the sampling weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from rlkern.kv import TreeKVCache, Work, hf
+from rlkern.ops.tree_attention import TreePlan
+from rlkern.rollout.decoder import Decoder
 from rlkern.rollout.engine import Rollouts
-
-# Compacting the cache copies it, so it waits until this share of the rows has finished.
-COMPACT_AT = 0.5
+from rlkern.rollout.run import Run
+from rlkern.rollout.strategies.base import Strategy
 
 
 class NativeEngine:
-    """Group sampling from `model`.
+    """Group and tree sampling from a Hugging Face causal LM.
 
-    eos_token_ids: a sequence ends with any of these. max_sequences: rows decoded at once; more
-    are done in turns of whole prompts, which bounds the memory of the cache. score: from the last
-    hidden states [R, H], the chosen tokens [R] and the temperature to their log-probs [R], for
-    those of a trainer to the bit; None: from the logits that were sampled from.
+    Args:
+        model: of a family whose attention goes through transformers' attention interface, without
+            sliding windows shorter than what is sampled. It may change between calls: see
+            `bump_version`.
+        eos_token_ids: a sequence ends with any of these.
+        max_sequences: branches decoded at once; the others wait.
+        max_cached_tokens: of the KV cache, over all branches. Default: what the call may need.
+            Where a step finds too little room, the group that began last is put aside, and computed
+            again later: with the same result.
+        page_size: tokens of a page of the cache.
+        stale: what becomes of cached tokens of older weights, see TreeKVCache. It matters where a
+            strategy keeps branches from one call to the next.
+        share: False reads shared tokens once for each branch, with the same bits.
+        direct: False goes through the model's own forward even where `Decoder` knows its layout.
+        score: from the last hidden states [R, H], the chosen tokens [R] and the temperature to
+            their log-probs [R], for those of a trainer to the bit; None: from the logits that were
+            sampled from.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         *,
-        eos_token_ids: list[int],
-        pad_token_id: int,
+        eos_token_ids: Sequence[int],
         max_sequences: int = 512,
+        max_cached_tokens: int | None = None,
+        page_size: int = 16,
+        stale: str = "recompute",
+        share: bool = True,
+        direct: bool = True,
         score: Callable[[Tensor, Tensor, float], Tensor] | None = None,
     ) -> None:
-        if not eos_token_ids:
+        if not len(eos_token_ids):
             raise ValueError("NativeEngine: expected at least one end token id, got none")
+        if max_sequences < 1:
+            raise ValueError(f"NativeEngine: expected max_sequences >= 1, got {max_sequences}")
         self.model = model
-        self.eos = torch.tensor(eos_token_ids, device=model.device)
-        self.pad_token_id = pad_token_id
+        self.eos = np.asarray(list(eos_token_ids))
         self.max_sequences = max_sequences
-        self.score = score
+        self.max_cached_tokens = max_cached_tokens
+        self.page_size, self.stale, self.share = page_size, stale, share
+        self.direct, self.score = direct, score
+        self.cache: TreeKVCache | None = None
+        self.version = 0
+        self.stats: dict[str, float] = {}  # of the last call, see Run.stats
+
+    def bump_version(self, version: int | None = None) -> None:
+        """Says that the weights have changed; default: to the version after the present one."""
+        self.version = self.version + 1 if version is None else version
+        if self.cache is not None:
+            self.cache.bump_version(self.version)
 
     @torch.no_grad()
     def generate(
@@ -50,13 +84,20 @@ class NativeEngine:
         group_size: int,
         max_new_tokens: int,
         temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
         greedy: bool = False,
+        strategy: Strategy | None = None,
         generator: torch.Generator | None = None,
     ) -> Rollouts:
-        """Samples `group_size` completions of every prompt.
+        """Samples `group_size` completions of every prompt, or what `strategy` makes of that.
 
-        `greedy` takes the most likely token and draws nothing. The log-probs are those of
-        `softmax(logits / temperature)` in float32. The same generator state gives the same bits.
+        `greedy` takes the most likely token and draws nothing. The log-probs are those of the
+        distribution that was sampled from: softmax(logits / temperature) in float32, over the
+        tokens that top_k, top_p and min_p leave (see `rlkern.sample_tokens`). The same generator
+        state gives the same bits; a draw depends on that state, on the sample's number within its
+        group and on its position, not on max_sequences or on what is sampled beside it.
         """
         if not prompts or min(map(len, prompts)) == 0:
             raise ValueError("NativeEngine.generate: expected prompts of at least one token")
@@ -65,126 +106,79 @@ class NativeEngine:
                 "NativeEngine.generate: expected group_size >= 1, max_new_tokens >= 1 and "
                 f"temperature > 0, got {group_size}, {max_new_tokens} and {temperature}"
             )
+        config = self.model.config.get_text_config()
         need = max(map(len, prompts)) + max_new_tokens
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(config, "max_position_embeddings", None)
+        window, kinds = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
+        if window is not None and (kinds is None or "sliding_attention" in kinds):
+            limit = min(limit, window)
         if limit is not None and need > limit:
             raise ValueError(
                 f"NativeEngine.generate: longest prompt + max_new_tokens = {need} tokens, "
                 f"but the model has {limit} positions"
             )
-        was_training = self.model.training
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+        strategy = strategy or Strategy()
+        strategy.begin(group_size)
+        self._reserve(prompts, strategy.rows(group_size), max_new_tokens)
+        sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
+        was_training, how = self.model.training, config._attn_implementation
+        hf.register()
         self.model.eval()
-        turn = max(1, self.max_sequences // group_size)
+        # set_attn_implementation would walk through all modules, twice a call
+        config._attn_implementation = hf.NAME
+        self.decoder = Decoder(self.model, need, self.direct)
+        run = Run(self, strategy, max_new_tokens, temperature, sampling, seed)
         try:
-            parts = [
-                self._decode(
-                    prompts[i : i + turn],
-                    group_size,
-                    max_new_tokens,
-                    temperature,
-                    greedy,
-                    generator,
-                )
-                for i in range(0, len(prompts), turn)
-            ]
+            rollouts = run.all(prompts)
+            self.stats = run.stats(rollouts)
+            return rollouts
         finally:
+            run.close()
             self.model.train(was_training)
-        tokens, logprob, lengths, truncated = (torch.cat(t) for t in zip(*parts, strict=True))
-        device = self.model.device
-        prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
-        return Rollouts(
-            prompt_tokens=torch.tensor([t for p in prompts for t in p], device=device),
-            prompt_cu_seqlens=_offsets(prompt_lengths),
-            tokens=tokens,
-            cu_seqlens=_offsets(lengths),
-            logprob=logprob,
-            group_ids=torch.arange(len(prompts), device=device).repeat_interleave(group_size),
-            truncated=truncated,
+            config._attn_implementation = how
+
+    def _reserve(self, prompts: list[list[int]], rows: int, max_new_tokens: int) -> None:
+        """A cache that is large enough for this call."""
+        size = self.page_size
+        lengths = sorted(map(len, prompts), reverse=True)
+        at_once = -(-self.max_sequences // rows) + 1  # groups that are not done at the same time
+        own = min(rows, self.max_sequences) * (-(-max_new_tokens // size) + 2)
+        pages = sum(-(-length // size) + own for length in lengths[:at_once])
+        pages = min(pages, sum(-(-n // size) for n in lengths) + own * len(lengths))
+        if self.max_cached_tokens is not None:
+            pages = min(pages, max(1, self.max_cached_tokens // size))
+        cache = self.cache
+        if cache is not None and (cache.num_pages >= pages or len(cache.branches())):
+            return
+        config = self.model.config.get_text_config()
+        heads = config.num_attention_heads
+        self.cache = TreeKVCache(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            num_pages=pages,
+            page_size=size,
+            dtype=self.model.dtype,
+            device=self.model.device,
+            stale=self.stale,
         )
+        self.cache.bump_version(self.version)
 
-    def _decode(
-        self,
-        prompts: list[list[int]],
-        group_size: int,
-        max_new_tokens: int,
-        temperature: float,
-        greedy: bool,
-        generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> tokens [T], logprob [T], lengths [S], truncated [S] of these prompts."""
-        device, num_rows = self.model.device, len(prompts) * group_size
-        width = max(map(len, prompts))
-        rows = [[self.pad_token_id] * (width - len(p)) + p for p in prompts]
-        padding = torch.tensor([width - len(p) for p in prompts], device=device)
-        columns = torch.arange(width, device=device)
-        # Without padding the mask is left out, so that attention takes its plain causal path.
-        mask = (columns >= padding[:, None]).long() if padding.any() else None
-        positions = (columns - padding[:, None]).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        logits, hidden = self._forward(torch.tensor(rows, device=device), positions, mask, cache)
-
-        cache.batch_repeat_interleave(group_size)
-        logits = logits.repeat_interleave(group_size, 0)
-        hidden = None if hidden is None else hidden.repeat_interleave(group_size, 0)
-        position = (width - padding).repeat_interleave(group_size)
-        mask = None if mask is None else mask.repeat_interleave(group_size, 0)
-
-        tokens = torch.full((num_rows, max_new_tokens), self.pad_token_id, device=device)
-        logprob = torch.zeros(num_rows, max_new_tokens, device=device)
-        lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        truncated = torch.ones(num_rows, dtype=torch.bool, device=device)
-        row = torch.arange(num_rows, device=device)  # the sequence that each cache row decodes
-        alive = torch.ones(num_rows, dtype=torch.bool, device=device)
-        for step in range(max_new_tokens):
-            logp = torch.log_softmax(logits.float() / temperature, -1)
-            choice = logp.argmax(-1) if greedy else _draw(logp, generator)
-            live = row[alive]
-            tokens[live, step] = choice[alive]
-            if self.score is None:
-                logprob[live, step] = logp.gather(1, choice[:, None])[alive, 0]
-            else:
-                logprob[live, step] = self.score(hidden[alive], choice[alive], temperature)
-            lengths[live] = step + 1
-            ended = torch.isin(choice, self.eos)
-            truncated[row[alive & ended]] = False
-            alive &= ~ended
-            if step + 1 == max_new_tokens or not alive.any():
-                break
-            if alive.sum() <= COMPACT_AT * len(row):
-                keep = alive.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                row, choice, position, alive = (t[keep] for t in (row, choice, position, alive))
-                mask = None if mask is None else mask[keep]
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(row), 1)], 1)
-            logits, hidden = self._forward(choice[:, None], position[:, None], mask, cache)
-            position = position + 1
-        kept = torch.arange(max_new_tokens, device=device) < lengths[:, None]
-        return tokens[kept], logprob[kept], lengths, truncated
-
-    def _forward(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache
+    def forward(
+        self, work: Work, plan: TreePlan, rows: Tensor, needs_hidden: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """-> logits [rows, V] of the last column, and its hidden states where they are scored."""
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            output_hidden_states=self.score is not None,
-        )
-        return out.logits[:, -1], None if self.score is None else out.hidden_states[-1][:, -1]
+        """Feeds tokens along a plan of them -> logits of these rows, and their hidden states."""
+        layers = list(zip(self.cache.k.unbind(), self.cache.v.unbind(), strict=True))
 
+        # the cache made slots and plan: checks of every layer's arguments would find nothing
+        def attend(layer, query, key, value, scale, softcap):
+            k, v = layers[layer]
+            write = query.contiguous(), key.contiguous(), value.contiguous()
+            torch.ops.rlkern.write_kv(*write[1:], work.slots, k, v, None, None)
+            return torch.ops.rlkern.tree_attention(write[0], k, v, *plan, scale, softcap or 0.0)[0]
 
-def _draw(logp: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One token per row of logp [R, V] (the exponential form of the Gumbel-max trick)."""
-    noise = torch.empty_like(logp).exponential_(generator=generator)
-    # A draw of exactly 0 would make -inf + inf for a token of probability 0.
-    return (logp - noise.clamp_(min=torch.finfo(torch.float32).tiny).log_()).argmax(-1)
-
-
-def _offsets(lengths: Tensor) -> Tensor:
-    """[N] lengths -> [N + 1] offsets, from 0."""
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        needs_hidden |= self.score is not None
+        rows = rows.to(self.model.device)
+        return self.decoder(work.tokens, work.positions, rows, attend, needs_hidden)

@@ -27,6 +27,7 @@ OPS = (
     "merge_attention",
     "tree_attention",
     "shared_prefix_attention",
+    "sample_tokens",
 )
 
 

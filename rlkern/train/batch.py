@@ -4,7 +4,7 @@ s sequences of a (micro-)batch, T their response tokens, t those that are comput
 sequences share is computed once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,12 @@ class TokenBatch:
     cu_seqlens: Tensor  # int64 [s + 1]
     paths: Tensor | None = None  # int64 [T], targets of the sequences, which may share them
 
+    def only(self, mask: Tensor) -> "TokenBatch":
+        """Without the response tokens that mask [T] leaves out: read, but not trained."""
+        paths = torch.arange(len(mask), device=mask.device) if self.paths is None else self.paths
+        before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+        return replace(self, paths=paths[mask], cu_seqlens=before[self.cu_seqlens])
+
 
 def collate(prompts: list[Tensor], responses: list[Tensor]) -> TokenBatch:
     """A row each, padded on the right: causal attention never looks there."""
@@ -41,16 +47,21 @@ def collate(prompts: list[Tensor], responses: list[Tensor]) -> TokenBatch:
     return TokenBatch(inputs, is_row.flatten().nonzero()[:, 0], torch.cat(responses), cu_seqlens)
 
 
-def collate_shared(rollouts: Rollouts, rows: list[int]) -> TokenBatch:
-    """These of its sequences, in this order, in one row: those of one prompt share it."""
+def collate_shared(rollouts: Rollouts, rows: list[int], as_decoded: bool = False) -> TokenBatch:
+    """These of its sequences, in this order, in one row: those of one prompt share it.
+
+    as_decoded: with the bits that the engine gets.
+    """
     picked = rollouts.select(torch.tensor(rows, device=rollouts.group_ids.device))
     prompts = (picked.prompt_tokens, picked.prompt_cu_seqlens)
-    return along_tree(kv.group_pack(*prompts, picked.tokens, picked.cu_seqlens, picked.group_ids))
+    pack = kv.group_pack(*prompts, picked.tokens, picked.cu_seqlens, picked.group_ids)
+    return along_tree(pack, as_decoded)
 
 
-def along_tree(pack: kv.TreePack) -> TokenBatch:
+def along_tree(pack: kv.TreePack, as_decoded: bool = False) -> TokenBatch:
     """A pack as the model reads it, which `hf.install` has prepared."""
-    attend = hf.along_tree(pack.subtree_end, pack.cu_seqlens)
+    tree = pack.subtree_end, pack.cu_seqlens
+    attend = hf.as_decoded(pack) if as_decoded else hf.along_tree(*tree)
     inputs = {"input_ids": pack.ids[None], "position_ids": pack.positions[None]}
     return TokenBatch(
         inputs | hf.attending(attend),

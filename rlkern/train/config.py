@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import rlkern
+from rlkern.rollout.strategies import STRATEGIES, Strategy
 from rlkern.train import TrainError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -84,8 +85,26 @@ class Rollout(Section):
     max_new_tokens: Positive = 64
     temperature: Rate = 1.0
     max_sequences: Positive = 1024  # decoded at once
+    strategy: str = ""  # of rlkern.rollout.strategies; "": plain groups
+    strategy_options: dict[str, Any] = {}  # arguments of its class
     save: bool = False  # to <run>/rollouts
     replay: str = ""  # such a folder: train from it, without an engine
+
+    def build_strategy(self) -> Strategy:
+        if self.strategy not in STRATEGIES:
+            known = ", ".join(sorted(filter(None, STRATEGIES)))
+            raise ValueError(f"strategy: expected one of {known}, got {self.strategy!r}")
+        return STRATEGIES[self.strategy](**self.strategy_options)
+
+    @model_validator(mode="after")
+    def _known(self) -> "Rollout":
+        try:
+            self.build_strategy()
+        except TypeError as error:
+            raise ValueError(f"strategy_options: {error}") from error
+        if self.strategy and self.explore > 1:
+            raise ValueError(f"explore = {self.explore} is for plain groups, not {self.strategy}")
+        return self
 
 
 class Algorithm(Section):
@@ -182,24 +201,22 @@ class Config(Section):
                 f"optim.updates = {self.optim.updates} is more than the {sequences} sequences of a "
                 "step (rollout.prompts * rollout.group_size)"
             )
-        if self.optim.share_prefix:
-            self._can_share()
+        if self.trains_on_trees and self.model.attention != "sdpa":
+            raise ValueError(
+                f"model.attention = {self.model.attention} goes neither with optim.share_prefix "
+                "nor with precision = fp8-unified: packed trees have their own"
+            )
+        if self.optim.share_prefix and self.optim.updates > self.rollout.prompts:
+            raise ValueError(
+                f"optim.share_prefix does not go with optim.updates = {self.optim.updates}: "
+                f"minibatches are whole groups, and there are {self.rollout.prompts}"
+            )
         return self
 
-    def _can_share(self) -> None:
-        for key, bad, reason in (
-            ("precision", self.precision == "fp8-unified", "it computes a sequence as the sampler"),
-            ("model.attention", self.model.attention != "sdpa", "packed trees have their own"),
-            (
-                "optim.updates",
-                self.optim.updates > self.rollout.prompts,
-                f"minibatches are whole groups, and there are {self.rollout.prompts}",
-            ),
-        ):
-            if bad:
-                section, _, field = key.rpartition(".")
-                value = getattr(getattr(self, section) if section else self, field)
-                raise ValueError(f"optim.share_prefix does not go with {key} = {value}: {reason}")
+    @property
+    def trains_on_trees(self) -> bool:
+        """Whether sequences of one prompt go through the model in one packed row."""
+        return self.optim.share_prefix or self.precision == "fp8-unified"
 
     def objective(self) -> rlkern.PolicyObjective:
         """With weights for the mismatch where the engine samples from another policy."""

@@ -27,7 +27,7 @@ class RunLog:
 
     def __init__(self, folder: Path, cfg: Config, step: int) -> None:
         self.cfg, self.files, self.board, self.bar = cfg, {}, None, None
-        for name in ("metrics", "samples"):
+        for name in ("metrics", "samples", "trees"):
             path = folder / f"{name}.jsonl"
             kept = [record for record in read_lines(path) if record["step"] <= step]
             path.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -65,6 +65,11 @@ class RunLog:
         """Logs the best and the worst."""
         ranked, n = sorted(samples, key=lambda s: -s["reward"]), self.cfg.log.samples
         self._append("samples", {"step": step, "best": ranked[:n], "worst": ranked[-n:]})
+
+    def tree(self, step: int, tree: dict[str, Any] | None) -> None:
+        """Logs what `trees.widest` has found."""
+        if tree is not None:
+            self._append("trees", {"step": step, **tree})
 
     def close(self) -> None:
         for resource in (*self.files.values(), self.board, self.bar):

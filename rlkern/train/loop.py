@@ -29,6 +29,7 @@ from rlkern.train.model import encode_prompt, end_tokens, load_model
 from rlkern.train.precision import RolloutPolicy, mismatch
 from rlkern.train.rewards import judge, load_reward
 from rlkern.train.tasks import Example
+from rlkern.train.trees import widest
 
 
 class Trainer:
@@ -49,6 +50,7 @@ class Trainer:
         self.end_tokens = end_tokens(self.model, self.tokenizer)
         self.sampler = RolloutPolicy(cfg, self.model, self.end_tokens)
         self.objective, self.reference = cfg.objective(), None
+        self.strategy = cfg.rollout.build_strategy()
         self.optimizer = self.new_optimizer()
         if checkpoint:
             ckpt.restore_trainer(checkpoint, self.optimizer)
@@ -115,7 +117,7 @@ class Trainer:
         cfg = self.cfg
         start = time.perf_counter()
         synced = self.sampler.refresh()
-        rollouts, rewards = self.collect()
+        rollouts, rewards, told = self.collect()
         sampled = time.perf_counter()
         kind = cfg.algorithm.advantage
         advantages = rlkern.group_advantage(rewards, rollouts.group_ids, kind=kind)
@@ -129,29 +131,29 @@ class Trainer:
             ref_logprob = self.logprobs(self.reference, rollouts)[0]
         scored = time.perf_counter()
         updates = self.update(rollouts, advantages, old_logprob, ref_logprob)
-        groups = rewards.view(-1, cfg.rollout.group_size)
         lengths = rollouts.lengths.float()
         return {
             "reward/mean": rewards.mean().item(),
             "reward/std": rewards.std(correction=0).item(),
             "reward/min": rewards.min().item(),
             "reward/max": rewards.max().item(),
-            "signal/groups": (groups.amax(1) > groups.amin(1)).float().mean().item(),
+            "signal/groups": signal(rewards, rollouts.group_ids),
             "completion/tokens": len(rollouts.tokens),
             "completion/length": lengths.mean().item(),
             "completion/length_max": lengths.max().item(),
             "completion/truncated": rollouts.truncated.float().mean().item(),
             "entropy": entropy.mean().item(),
-            **mismatch(old_logprob, rollouts.logprob),
+            **mismatch(old_logprob, rollouts.trained(rollouts.logprob)),
             **synced,
+            **told,
             **updates,
             "time/rollout": sampled - start,
             "time/old_logprob": scored - sampled,
             "time/update": time.perf_counter() - scored,
         }
 
-    def collect(self) -> tuple[Rollouts, Tensor]:
-        """-> rollouts and float32 rewards [S], sampled or replayed."""
+    def collect(self) -> tuple[Rollouts, Tensor, dict[str, float]]:
+        """-> rollouts and float32 rewards [S], sampled or replayed; and what sampling took."""
         cfg = self.cfg.rollout
         name = f"step_{self.step:06d}.safetensors"
         examples = batch_at(self.train_set, self.cursor, cfg.prompts, self.cfg.run.seed)
@@ -159,7 +161,7 @@ class Trainer:
         if cfg.replay:
             try:
                 rollouts, extra = Rollouts.load(Path(cfg.replay) / name, self.device)
-                return rollouts, extra["rewards"].view(cfg.prompts, cfg.group_size).flatten()
+                return rollouts, extra["rewards"].view(len(rollouts.group_ids)), {}
             except (ValueError, KeyError, RuntimeError) as error:
                 raise TrainError(f"rollout.replay, step {self.step}: {error}") from error
         rollouts, samples = self.sample(examples, cfg.group_size * cfg.explore, "rollout")
@@ -169,13 +171,14 @@ class Trainer:
             rollouts, rewards = rollouts.select(kept), rewards[kept]
             samples = [samples[i] for i in kept.tolist()]
         self.log.samples(self.step, samples)
+        self.log.tree(self.step, widest(rollouts, rewards))
         if cfg.save:
             rollouts.save(self.run_dir / "rollouts" / name, rewards=rewards)
-        return rollouts, rewards
+        return rollouts, rewards, self.sampler.engine.stats
 
     @torch.no_grad()
     def logprobs(self, model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """-> log-prob and entropy [T] of all responses, in batches of the size of the update's."""
+        """-> log-prob and entropy of all trained tokens, in batches of the size of the update's."""
         sequences = list(range(len(rollouts.group_ids)))
         size = self.cfg.optim.micro_batch or -(-len(sequences) // self.cfg.optim.updates)
         outs = []
@@ -185,10 +188,15 @@ class Trainer:
 
     def batch(self, rollouts: Rollouts, rows: list[int]) -> TokenBatch:
         """These sequences as the model reads them."""
-        if self.cfg.optim.share_prefix:
-            return collate_shared(rollouts, rows)
-        prompts, responses = rollouts.prompts(), rollouts.responses()
-        return collate([prompts[i] for i in rows], [responses[i] for i in rows])
+        if self.cfg.trains_on_trees:
+            batch = collate_shared(rollouts, rows, self.cfg.precision == "fp8-unified")
+        else:
+            prompts, responses = rollouts.prompts(), rollouts.responses()
+            batch = collate([prompts[i] for i in rows], [responses[i] for i in rows])
+        if rollouts.mask is None or bool(rollouts.mask.all()):
+            return batch
+        masks = rollouts.mask.split(rollouts.lengths.tolist())
+        return batch.only(torch.cat([masks[i] for i in rows]))
 
     def score(self, model: Any, batch: TokenBatch) -> rlkern.LogprobOutput:
         temperature, unified = self.cfg.rollout.temperature, self.cfg.precision == "fp8-unified"
@@ -203,10 +211,10 @@ class Trainer:
     ) -> dict[str, float]:
         """The optimiser steps of one rollout batch -> loss, grad_norm, lr and policy/*."""
         cfg, objective = self.cfg.optim, self.objective
-        lengths = rollouts.lengths.tolist()
+        lengths = rollouts.trained_lengths.tolist()
         old = old_logprob.split(lengths)
         ref = None if ref_logprob is None else ref_logprob.split(lengths)
-        sampled = rollouts.logprob.split(lengths)
+        sampled = rollouts.trained(rollouts.logprob).split(lengths)
         # A sequence of advantage 0 skips the forward where nothing else moves it, and still counts
         # in the denominator.
         skips = objective.idle_without_advantage
@@ -287,6 +295,7 @@ class Trainer:
                 max_new_tokens=cfg.max_new_tokens,
                 temperature=cfg.temperature,
                 greedy=greedy,
+                strategy=self.strategy if purpose == "rollout" else None,
                 generator=self.generator(purpose, self.device),
             )
         except ValueError as error:  # a prompt that is empty, or too long for the model
@@ -373,6 +382,16 @@ def minibatches(
     order = groups[torch.randperm(len(groups), generator=shuffle)]
     rows = {g: (rollouts.group_ids == g).nonzero()[:, 0].tolist() for g in groups.tolist()}
     return [[i for g in chunk.tolist() for i in rows[g]] for chunk in order.chunk(updates)]
+
+
+def signal(rewards: Tensor, group_ids: Tensor) -> float:
+    """The share of groups whose rewards differ."""
+    groups = int(group_ids.max()) + 1
+    top, low = (
+        rewards.new_full((groups,), sign * -torch.inf).scatter_reduce(0, group_ids, rewards, how)
+        for sign, how in ((1, "amax"), (-1, "amin"))
+    )
+    return (top > low).float().mean().item()
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:

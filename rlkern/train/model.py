@@ -62,7 +62,7 @@ def load_model(cfg: Config, path: Path | None = None) -> tuple[PreTrainedModel, 
 
 def prepared(model: PreTrainedModel, cfg: Config) -> PreTrainedModel:
     """With the attention that packed trees need, where they are trained on."""
-    if cfg.optim.share_prefix:
+    if cfg.trains_on_trees:
         hf.install(model)
     return model
 

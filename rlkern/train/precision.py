@@ -9,7 +9,6 @@ from torch import Tensor
 
 import rlkern
 from rlkern.quant import WeightSync, quantize_model
-from rlkern.quant.invariant import use_invariant_attention
 from rlkern.rollout import NativeEngine
 from rlkern.train.config import Config
 from rlkern.train.model import logit_options
@@ -26,7 +25,7 @@ class RolloutPolicy:
 
     def __init__(self, cfg: Config, model: Any, end_tokens: list[int]) -> None:
         self.model, self.sync, sampler = model, None, model
-        how = {"eos_token_ids": end_tokens, "pad_token_id": end_tokens[0]}
+        how = {"eos_token_ids": end_tokens}
         how["max_sequences"] = cfg.rollout.max_sequences
         if cfg.precision != "bf16":
             recipe = RECIPES[cfg.precision]
@@ -34,8 +33,6 @@ class RolloutPolicy:
             self.sync = WeightSync(sampler)
         if cfg.precision == "fp8-unified":
             quantize_model(model, recipe, trains=True)
-            for one in (model, sampler):
-                use_invariant_attention(one)
             how["score"] = scorer(sampler)
         self.of_trainer = NativeEngine(model, **how)
         self.engine = self.of_trainer if sampler is model else NativeEngine(sampler, **how)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from rlkern.train.config import Config
 from rlkern.train.log import read_lines
+from rlkern.train.trees import draw
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:66rem;margin:2rem auto;color:#222}
 td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #ddd}
@@ -24,6 +25,8 @@ PANELS = {  # title -> label -> metric
     "Completions": {"mean length": "completion/length", "share cut off": "completion/truncated"},
     "Gradient norm": {"norm": "grad_norm"},
     "Trainer and sampler (nats)": {"max |log-prob gap|": "logprob_gap/max", "KL": "logprob_gap/kl"},
+    "Tokens of a rollout": {"computed": "rollout/computed", "used": "rollout/used"},
+    "Share of KV reads saved": {"saved": "rollout/kv_saved"},
     "Seconds per step": {"step": "time/step", "rollout": "time/rollout", "update": "time/update"},
 }
 
@@ -39,6 +42,8 @@ def write_report(run_dir: Path, cfg: Config, summary: dict[str, Any]) -> Path:
         picked = record["best"] + record["worst"]
         rows = [list(picked[0]), *(sample.values() for sample in picked)]
         parts += [f"<h3>Step {record['step']}: best and worst</h3>", _rows(rows)]
+    if grown := read_lines(run_dir / "trees.jsonl"):
+        parts += ["<h2>Trees</h2>", _trees(grown[:1] + grown[1:][-1:])]
     parts += ["<h2>Settings</h2>", _rows(settings.items())]
     head = f"<meta charset='utf-8'><title>{html.escape(run_dir.name)}</title><style>{STYLE}</style>"
     path = run_dir / "report.html"
@@ -47,8 +52,8 @@ def write_report(run_dir: Path, cfg: Config, summary: dict[str, Any]) -> Path:
 
 
 def _curves(records: list[dict[str, Any]], warmup_steps: int) -> str:
-    figure = Figure(figsize=(11, 11), layout="constrained")
-    for axes, (title, series) in zip(figure.subplots(4, 2).flat, PANELS.items(), strict=True):
+    figure = Figure(figsize=(11, 14), layout="constrained")
+    for axes, (title, series) in zip(figure.subplots(5, 2).flat, PANELS.items(), strict=True):
         in_warmup = title.startswith("Warm-up")
         offset = 0 if in_warmup else warmup_steps
         for label, name in series.items():
@@ -59,6 +64,19 @@ def _curves(records: list[dict[str, Any]], warmup_steps: int) -> str:
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    return _svg(figure)
+
+
+def _trees(records: list[dict[str, Any]]) -> str:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records):
+        draw(axes, record)
+        title = f"step {record['step']}: the group that shared most, red to green by reward"
+        axes.set_title(title, fontsize=10)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "rlkern"}):  # the same run gives the same picture
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -178,7 +178,7 @@ class Fuzz {
                 "a slot out of line");
         pages.insert(slots[p] / static_cast<int32_t>(page_size_));
       }
-      if (!model.suspended && model.cached >= 0 && tree().plan(one(id), 8, true, &scratch()))
+      if (!model.suspended && model.cached >= 0 && tree().plan(one(id), one(1), 8, true, &scratch()))
         readers.push_back(id);
     }
     require(tree().branches() == ids(), "other branches");
@@ -207,10 +207,17 @@ class Fuzz {
     std::shuffle(batch.begin(), batch.end(), random_);
     if (pick(2)) batch.resize(batch.size() / 2);
     const int64_t chunk = 1 + pick(9);
+    std::vector<int64_t> counts;
+    for (const int64_t id : batch)
+      counts.push_back(pick(2) ? 1 : pick(std::max<int64_t>(model_[id].cached, 1) + 1));
     for (const bool share : {true, false}) {
       Plan plan;
-      ok(tree().plan(batch, chunk, share, &plan));
-      compare_plan(batch, plan, chunk, share);
+      ok(tree().plan(batch, counts, chunk, share, &plan));
+      compare_plan(batch, counts, plan, chunk, share);
+    }
+    if (!batch.empty()) {
+      counts[0] = std::max<int64_t>(model_[batch[0]].cached, 1) + 1;
+      is(tree().plan(batch, counts, chunk, true, &scratch()), Status::kBadPosition);
     }
     if (pick(3) == 0) {
       BlockTable table;
@@ -231,20 +238,28 @@ class Fuzz {
     }
   }
 
-  void compare_plan(const std::vector<int64_t>& batch, const Plan& plan, int64_t chunk,
-                    bool share) {
-    require(plan.rows.size() == batch.size(), "another number of rows");
+  void compare_plan(const std::vector<int64_t>& batch, const std::vector<int64_t>& counts,
+                    const Plan& plan, int64_t chunk, bool share) {
+    struct Row {
+      int64_t id, end;
+    };
+    std::vector<Row> wanted;
+    for (size_t i = 0; i < batch.size(); ++i)
+      for (int64_t r = counts[i]; r > 0; --r)
+        wanted.push_back({batch[i], std::max<int64_t>(model_[batch[i]].cached - r + 1, 0)});
+    require(plan.rows.size() == wanted.size(), "another number of rows");
     std::vector<const int32_t*> item_of(plan.parts.size());
     for (size_t i = 0; i * kItemFields < plan.items.size(); ++i) {
       const int32_t* item = &plan.items[i * kItemFields];
       for (int32_t r = 0; r < item[kRowCount]; ++r) item_of[item[kPartBegin] + r] = item;
     }
     std::set<int32_t> rows(plan.rows.begin(), plan.rows.end());
-    require(rows.size() == batch.size(), "a row twice");
+    require(rows.size() == wanted.size(), "a row twice");
     size_t keys = 0;
     std::set<int32_t> distinct;
     for (size_t r = 0; r < plan.rows.size(); ++r) {
-      const Model& model = model_[batch[plan.rows[r]]];
+      const auto [id, end] = wanted[plan.rows[r]];
+      const Model& model = model_[id];
       int64_t p = 0;
       uint64_t hash = 1;
       for (int32_t i = plan.part_offsets[r]; i < plan.part_offsets[r + 1]; ++i) {
@@ -252,7 +267,7 @@ class Fuzz {
         require(item[kChunk] * chunk == p, "a chunk that does not begin at a multiple");
         require(plan.parts[i] - item[kPartBegin] + item[kRowBegin] == static_cast<int32_t>(r),
                 "another row's part");
-        const int64_t want = std::min(chunk, model.cached - p);
+        const int64_t want = std::min(chunk, end - p);
         require(item[kSlotCount] == want, "a chunk of another length");
         for (int32_t s = 0; s < item[kSlotCount]; ++s, ++p) {
           hash = mixed(hash, model.tokens[p]);
@@ -260,7 +275,7 @@ class Fuzz {
         }
         keys += item[kSlotCount];
       }
-      require(p == model.cached, "keys are missing");
+      require(p == end, "keys are missing");
     }
     for (const int32_t slot : plan.slots) distinct.insert(slot);
     if (!share) require(plan.slots.size() == keys, "rows that share");
@@ -467,7 +482,7 @@ class Fuzz {
     require(!tree().resume(batch), "taken");
     require(!tree().recompute(batch, &work), "taken");
     require(!tree().pin(batch, true), "taken");
-    require(!tree().plan(batch, 4, true, &plan), "taken");
+    require(!tree().plan(batch, zero, 4, true, &plan), "taken");
     require(!tree().block_table(batch, &table), "taken");
     require(before == snapshot(), "a refused call changed something");
   }

@@ -241,7 +241,8 @@ def test_suspend_across_a_weight_update(stale):
     branch = prefilled(cache)
     children = cache.fork(branch, 2)
     feed(cache, children)
-    cache.append(children, [7, 8], logprob=torch.tensor([-1.0, -2.0]))
+    marks = {"logprob": torch.tensor([-1.0, -2.0]), "entropy": torch.tensor([0.5, 0.25])}
+    cache.append(children, [7, 8], **marks)
     cache.suspend(torch.cat([branch, children]))
     assert cache.free_pages == cache.num_pages
     cache.bump_version(5)
@@ -258,6 +259,9 @@ def test_suspend_across_a_weight_update(stale):
     exported = cache.export_tree(0)
     assert exported.versions.tolist() == [0] * len(exported.tokens)
     assert -2.0 in exported.logprob.tolist()
+    assert 0.25 in exported.entropy.tolist()
+    last = [x[-1].item() for x in cache.history(children[1])]
+    assert last == [8, -2.0, 0.25, 0]
     check(cache)
 
 
@@ -345,6 +349,27 @@ def test_a_plan_reads_shared_chunks_once():
     assert found[2] == ([], [])
     alone = rows_of(cache.plan(batch, share=False), len(batch))
     assert {r: s for r, (s, _) in alone.items()} == {r: s for r, (s, _) in found.items()}
+
+
+def test_a_plan_of_new_tokens_reads_the_path_to_each_of_them():
+    cache = make(chunk=4)
+    branch = cache.new(range(7))
+    cache.append_slots(branch, 5)
+    child = cache.fork(branch, 1, at=4)
+    cache.append(child, [9, 9, 9], torch.tensor([0, 3]))
+    batch = torch.cat([child, branch])
+    work = cache.append_slots(batch)
+    count = work.cu_seqlens.diff()
+    assert count.tolist() == [4, 2]
+    plan = cache.plan(batch, count)
+    found = rows_of(plan, 6)
+    paths = [cache.slots(b).tolist() for b in batch]
+    ends = [(0, 4), (0, 5), (0, 6), (0, 7), (1, 6), (1, 7)]
+    assert [found[r][0] for r in range(6)] == [paths[b][:end] for b, end in ends]
+    # the first chunk is read once for the rows of each side of the fork that have all of it
+    assert sorted(plan.items[plan.items[:, 4] == 0, 1].tolist()) == [2, 4]
+    with pytest.raises(ValueError, match=r"plan: branch . has no such length"):
+        cache.plan(batch, [8, 1])
 
 
 def test_export_is_depth_first_with_the_pending_tokens():

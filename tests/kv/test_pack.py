@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 import rlkern
 from rlkern import kv
+from rlkern.kv import hf
+from rlkern.kv.pack import plan_of
+from rlkern.ops.tree_attention.reference import paths
 
 
 def make(**changes):
@@ -228,3 +231,36 @@ def test_two_advantages_give_the_loss_of_the_copies(name, dtype):
     loss.backward()
     assert_equal(loss, want, dtype)
     assert_equal(logprob.grad, grads, dtype)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_plan_of_a_pack_reads_each_rows_path(seed):
+    cache, groups, prompts = grown(seed)
+    pack = kv.tree_pack([cache.export_tree(g) for g in range(len(groups))], prompts)
+    plan, ends = plan_of(pack), pack.subtree_end.tolist()
+    bounds = pack.cu_seqlens.tolist()
+    found = paths(plan.items, plan.slots, plan.parts, plan.part_offsets)
+    for row, where in zip(plan.rows.tolist(), found, strict=True):
+        root = max(b for b in bounds if b <= row)
+        assert where.tolist() == [j for j in range(root, row + 1) if row < ends[j]]
+
+
+def test_attention_as_decoded_is_attention_along_the_tree():
+    """To rounding, and its gradients with it; the bits of decoding are tests/train's to compare."""
+    cache, groups, prompts = grown(2, steps=40)
+    pack = kv.tree_pack([cache.export_tree(g) for g in range(len(groups))], prompts)
+    shapes = ((4, 16), (2, 16), (2, 16), (4, 16))
+    q, k, v, upstream = (torch.randn(len(pack.ids), *shape) for shape in shapes)
+    results = []
+    for attend in (hf.as_decoded(pack), hf.along_tree(pack.subtree_end, pack.cu_seqlens)):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(0, *inputs, 0.25, 5.0)
+        results.append([out, *torch.autograd.grad(out, inputs, upstream)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+
+
+def test_the_plan_of_nothing():
+    empty = torch.empty(0, dtype=torch.int64)
+    pack = kv.group_pack(empty, torch.tensor([0]), empty, torch.tensor([0]), empty)
+    assert plan_of(pack).rows.tolist() == []

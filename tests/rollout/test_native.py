@@ -8,10 +8,13 @@ from transformers import (
     Gemma2Config,
     GraniteConfig,
     LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
 from rlkern.rollout import NativeEngine, Rollouts
+from rlkern.rollout.decoder import is_direct
 from rlkern.train.batch import collate, response_logprobs
 
 SHAPE = {
@@ -39,13 +42,16 @@ def model(request):
 
 
 def engine(model, **options):
-    return NativeEngine(model, eos_token_ids=EOS, pad_token_id=0, **options)
+    return NativeEngine(model, eos_token_ids=EOS, **options)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def generate(model, prompts=PROMPTS, seed=0, options=(), **arguments):
     arguments = {"group_size": 3, "max_new_tokens": 8} | arguments
-    stream = torch.Generator().manual_seed(seed)
-    return engine(model, **dict(options)).generate(prompts, generator=stream, **arguments)
+    return engine(model, **dict(options)).generate(prompts, generator=seeded(seed), **arguments)
 
 
 @torch.no_grad()
@@ -112,6 +118,121 @@ def test_turns_of_whole_prompts(model):
     assert torch.equal(turns.group_ids, generate(model, greedy=True).group_ids)
 
 
+def same(a, b):
+    for name in Rollouts.__dataclass_fields__:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig])
+def test_the_direct_decoder_gives_the_bits_of_the_models_forward(kind, dtype):
+    torch.manual_seed(3)
+    options = {"sliding_window": None} if kind is MistralConfig else {}
+    model = AutoModelForCausalLM.from_config(kind(**SHAPE, **options)).eval().to(dtype)
+    got, want = (engine(model, direct=d, score=None) for d in (True, False))
+    assert is_direct(model)
+    runs = [
+        e.generate(PROMPTS, group_size=3, max_new_tokens=8, generator=seeded(0))
+        for e in (got, want)
+    ]
+    same(*runs)
+
+
+def test_a_model_with_hooks_goes_through_its_own_forward(model):
+    seen = []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    assert not is_direct(model)
+    generate(model)
+    assert seen
+
+
+@pytest.mark.parametrize("options", [{"share": False}, {"page_size": 3}])
+def test_sharing_and_pages_do_not_change_a_bit(model, options):
+    same(generate(model), generate(model, options=options))
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_sequences": 1}, {"max_sequences": 5}, {"max_cached_tokens": 48}]
+)
+def test_what_is_decoded_together_changes_no_draw(model, options):
+    want, got = generate(model), generate(model, options=options)
+    assert torch.equal(want.tokens, got.tokens)
+    assert torch.equal(want.group_ids, got.group_ids)
+    torch.testing.assert_close(want.logprob, got.logprob, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(want.entropy, got.entropy, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_that_cannot_hold_one_group_says_so(model):
+    with pytest.raises(RuntimeError, match=r"one group needs \d+ more pages of 4 .*max_cached_tok"):
+        generate(model, options={"max_cached_tokens": 12, "page_size": 4})
+    assert generate(model).tokens.numel()
+
+
+def test_nothing_is_left_in_the_cache(model):
+    one = engine(model)
+    for _ in range(2):
+        one.generate(PROMPTS, group_size=2, max_new_tokens=4)
+        assert one.cache.free_pages == one.cache.num_pages
+        assert not len(one.cache.branches())
+
+
+@torch.no_grad()
+def test_entropies_versions_and_origins(model):
+    one = engine(model)
+    one.bump_version(7)
+    rollouts = one.generate(PROMPTS, group_size=2, max_new_tokens=6, generator=seeded(1))
+    assert rollouts.versions.tolist() == [7] * len(rollouts.tokens)
+    assert rollouts.origin.tolist() == list(range(len(rollouts.tokens)))
+    assert rollouts.mask.all()
+    entropies = rollouts.entropy.split(rollouts.lengths.tolist())
+    for prompt, response, entropy in zip(rollouts.prompts(), rollouts.responses(), entropies):
+        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        logp = logits.log_softmax(-1)
+        torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [PROMPTS[0], PROMPTS[2]])
+def test_greedy_equals_generate_of_transformers(model, prompt):
+    ids = torch.tensor([prompt])
+    want = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12,
+        eos_token_id=EOS, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    got = generate(model, prompts=[prompt], group_size=1, max_new_tokens=12, greedy=True)
+    assert got.tokens.tolist() == want.sequences[0, len(prompt) :].tolist()
+    full = torch.cat(want.logits).log_softmax(-1).gather(1, got.tokens[:, None])[:, 0]
+    torch.testing.assert_close(got.logprob, full, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(model):
+    how = model.config._attn_implementation
+    generate(model)
+    assert model.config._attn_implementation == how
+    with pytest.raises(ValueError):
+        generate(model, prompts=[[]])
+    assert model.config._attn_implementation == how
+
+
+@torch.no_grad()
+def test_a_family_that_is_not_laid_out_as_llama():
+    torch.manual_seed(3)
+    config = Gemma2Config(**SHAPE, head_dim=8, sliding_window=14, attn_logit_softcapping=3.0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    rollouts = generate(model, group_size=1, greedy=True)
+    for prompt, response in zip(PROMPTS, rollouts.responses(), strict=True):
+        ids = torch.cat([torch.tensor(prompt), response])
+        logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
+        assert torch.equal(logits.argmax(-1), response)
+
+
+def test_sliding_windows_bound_what_is_sampled():
+    config = MistralConfig(**SHAPE, sliding_window=12)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert generate(model, max_new_tokens=6).tokens.numel()
+    with pytest.raises(ValueError, match="= 13 tokens, but the model has 12 positions"):
+        generate(model, max_new_tokens=7)
+
+
 def test_saved_rollouts_load_as_they_were(model, tmp_path):
     rollouts = generate(model)
     rollouts.save(tmp_path / "a" / "r.safetensors", rewards=torch.arange(12.0))
@@ -127,7 +248,7 @@ def test_saved_rollouts_load_as_they_were(model, tmp_path):
 
 def test_bad_arguments(model):
     with pytest.raises(ValueError, match="at least one end token"):
-        NativeEngine(model, eos_token_ids=[], pad_token_id=0)
+        NativeEngine(model, eos_token_ids=[])
     for prompts in ([], [[5], []]):
         with pytest.raises(ValueError, match="prompts of at least one token"):
             generate(model, prompts=prompts)
