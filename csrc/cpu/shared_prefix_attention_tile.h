@@ -63,17 +63,25 @@ RLK_TARGET static bool fold_scores(const AttentionScore& head, const LaneSpan* s
                                    int vectors, float* products, float* max, float* sum,
                                    float* decay, Unit* weights) {
   constexpr int64_t kPer = kPerUnit<Unit>;
+  // The largest product has the largest score, unless the score is not a rising line.
+  const bool line = !head.softcap.on() && head.scale > 0.0f;
+  const float factor = line ? head.scale : 1.0f;
   bool moved = false;
   for (int v = 0; v < vectors; ++v) {
     const int t = v * kWidth;
     const V lane = lanes_from(t), old = load_as<V>(max + t);
-    V top = old;
-    for (int64_t key = 0; key < count; ++key) {
-      float* const at = products + key * kPanel + t;
-      const V s = hide(seen ? seen + key : nullptr, lane, score_of(head, at));
-      store_as(at, s);
-      top = vmax(s, top);
-    }
+    V top = V{} - INFINITY;
+    if (line && !seen)
+      for (int64_t key = 0; key < count; ++key)
+        top = vmax(load_as<V>(products + key * kPanel + t), top);
+    else
+      for (int64_t key = 0; key < count; ++key) {
+        float* const at = products + key * kPanel + t;
+        const V s = line ? load_as<V>(at) : score_of(head, at);
+        store_as(at, hide(seen ? seen + key : nullptr, lane, s));
+        top = vmax(load_as<V>(at), top);
+      }
+    top = vmax(top * factor, old);
     // while nothing is seen any finite anchor gives weights of 0
     const V anchor = at_least(top, -FLT_MAX);
     const V scale = exp_in_range(at_least(old - anchor, kExpUnderflow));
@@ -83,7 +91,7 @@ RLK_TARGET static bool fold_scores(const AttentionScore& head, const LaneSpan* s
       for (int64_t i = 0; i < kPer; ++i) {
         p[i] = V{};
         if (key + i >= count) continue;
-        const V s = load_as<V>(products + (key + i) * kPanel + t) - anchor;
+        const V s = load_as<V>(products + (key + i) * kPanel + t) * factor - anchor;
         p[i] = exp_in_range(at_least(s, kExpUnderflow));
         total += p[i];
       }

@@ -45,12 +45,12 @@ def sample_inputs(device: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple]
 
     yield "a group", case([GROUP], 4, 2, 64)
     yield "a chain", case([CHAIN], 2, 2, 32)
-    yield "deep, and others", case([DEEP, CHAIN, (1, []), GROUP], 4, 1, 16)
+    yield "deep, and others", case([DEEP, CHAIN, (1, []), GROUP], 2, 1, 16)
     yield "odd", case([(19, [(3, []), (8, [])])], 3, 1, 33)
     yield "wide", case([(24, [(9, [])])], 2, 1, 256)
-    yield "soft cap", case([(24, [(9, []), (2, [])])], 4, 2, 32, softcap=2.5)
-    yield "peaked", case([(50, [(9, []), (2, [])])], 4, 2, 64, size=30.0)
-    yield "scale", case([(24, [(9, []), (2, [])])], 4, 2, 32, scale=0.37)
+    yield "soft cap", case([(24, [(9, []), (2, [])])], 2, 1, 32, softcap=2.5)
+    yield "peaked", case([(50, [(9, []), (2, [])])], 2, 2, 64, size=30.0)
+    yield "scale", case([(24, [(9, []), (2, [])])], 2, 1, 32, scale=0.37)
     blind = torch.arange(1, 22, dtype=torch.int32)
     blind[3] = 0  # sees not even itself
     yield "a row without keys", case([(21, [])], 2, 1, 16, ends=blind)
