@@ -17,7 +17,7 @@ CHUNK = 2048
 # Columns of a row that a program of `select` looks at at a time; of the interpreter's, whose steps
 # cost the same at any width, all that tests have. Integers do not depend on it.
 BLOCK = 4096 if INTERPRETED else 512
-SEARCH = 4096 if INTERPRETED else 256
+SEARCH = 4096 if INTERPRETED else 128
 _OPTIONS = {"enable_fp_fusion": False}
 INFINITY = tl.constexpr(float("inf"))
 
@@ -438,6 +438,8 @@ def forward(
             BLOCK=BLOCK,
             SEARCH=SEARCH,
             num_warps=8,
+            # left to itself, ptxas spills a word or two for one program more
+            maxnreg=128,
             **_OPTIONS,
         )
         kept, bar, until = partials(False), threshold, last
