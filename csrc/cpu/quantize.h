@@ -56,6 +56,21 @@ RLK_HD V as_floats(const T* p) {
   return widen<V>(p);
 }
 
+// Bytes as integers, a lane each: GCC 12 would take the conversion apart.
+template <class V>
+RLK_HD auto as_ints(const uint8_t* p) {
+  using Bytes = typename Narrow<V>::Bytes;
+  using Ints = typename Narrow<V>::Ints;
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if constexpr (kWidth<V> >= 8) {
+    Ints x;
+    asm("vpmovzxbd %1, %0" : "=v"(x) : "m"(*reinterpret_cast<const Bytes*>(p)));
+    return x;
+  }
+#endif
+  return __builtin_convertvector(load_as<Bytes>(p), Ints);
+}
+
 // Elements past `left` are 0.
 template <class V, class T>
 RLK_HD V load_up_to(const T* p, int64_t left) {

@@ -69,23 +69,20 @@ RLK_HD void encode_by(int64_t order, const T* p, int64_t count, float factor, ui
 template <class V, class T>
 RLK_HD void count(const T* p, int64_t n, const Fp8Scale& s, int64_t order, const uint8_t* codes,
                   const uint8_t* previous, Counts::Lanewise<V>& found, Counts& counts) {
-  using Bytes = typename Narrow<V>::Bytes;
-  using Ints = typename Narrow<V>::Ints;
   const float scale = s.value(order);
   if (previous) counts.changed += num_different(codes, previous, n);
-  const auto add = [&](Counts::Lanewise<V>& to, V x, const Bytes& ours) {
+  const auto add = [&](Counts::Lanewise<V>& to, V x, const uint8_t* ours) {
     const V w = Bits<V>::from(magnitudes(x));
     const V scaled = divides(order) ? x / s.factor : x * s.factor;
-    const V code = from_e4m3<V>(__builtin_convertvector(ours, Ints) & 0x7F);
+    const V code = from_e4m3<V>(as_ints<V>(ours) & 0x7F);
     to.add(w, scaled, kLargestE4m3, code, code * scale);
   };
   int64_t j = 0;
-  for (; j + kWidth<V> <= n; j += kWidth<V>)
-    add(found, as_floats<V>(p + j), load_as<Bytes>(codes + j));
+  for (; j + kWidth<V> <= n; j += kWidth<V>) add(found, as_floats<V>(p + j), codes + j);
   if (j == n) return;
   Counts::Lanewise<V> last;
-  Bytes rest{};
-  for (int64_t i = 0; j + i < n; ++i) rest[i] = codes[j + i];
+  uint8_t rest[kWidth<V>] = {};
+  std::copy_n(codes + j, n - j, rest);
   add(last, load_up_to<V>(p + j, n - j), rest);
   counts.add(last, n - j);
 }
