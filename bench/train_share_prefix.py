@@ -94,10 +94,8 @@ def measure(dtype: str) -> dict:
         **medians,
         "speedup": medians["unshared"] / medians["shared"],
         "gradient_difference": float(difference.norm() / found["unshared"][1].norm()),
-        "tokens": {
-            "unshared": SAMPLES * (PROMPT + RESPONSE),
-            "shared": PROMPT + SAMPLES * RESPONSE,
-        },
+        "unshared_tokens": SAMPLES * (PROMPT + RESPONSE),
+        "shared_tokens": PROMPT + SAMPLES * RESPONSE,
     }
 
 
