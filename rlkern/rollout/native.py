@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import rlkern
 from rlkern.kv import TreeKVCache, Work, hf
 from rlkern.ops.tree_attention import TreePlan
 from rlkern.rollout.decoder import Decoder

@@ -187,9 +187,7 @@ class Run:
             last[length[of] <= [self.groups[g].given for g in rows.group[of].tolist()]] = -1
         return self._decode(born, rows.group[of], length[of], last, parents)
 
-    def logprob_of(
-        self, step: Step, rows: np.ndarray, tokens: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def logprob_of(self, step: Step, rows: np.ndarray, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs of other tokens than the drawn ones of these rows of a step, and entropies.
 
         Of the whole distribution, whatever top_k, top_p and min_p leave of it.
@@ -306,9 +304,7 @@ class Run:
         self.paths += (work.positions + 1).sum()
         return self.engine.forward(work, plan, rows, self.strategy.needs_hidden)
 
-    def _spawn(
-        self, logits: Tensor | None, hidden: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _spawn(self, logits: Tensor | None, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Begins samples of prompts -> logits and hidden states of all rows, with theirs."""
         parts, states = [logits], [hidden]
         for group in self.groups.values():

@@ -132,7 +132,8 @@ def test_the_direct_decoder_gives_the_bits_of_the_models_forward(kind, dtype):
     got, want = (engine(model, direct=d, score=None) for d in (True, False))
     assert is_direct(model)
     runs = [
-        e.generate(PROMPTS, group_size=3, max_new_tokens=8, generator=seeded(0)) for e in (got, want)
+        e.generate(PROMPTS, group_size=3, max_new_tokens=8, generator=seeded(0))
+        for e in (got, want)
     ]
     same(*runs)
 
