@@ -4,7 +4,7 @@ A peer of a package that is not installed is absent from the dictionary.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,39 @@ def trl_logprob_entropy() -> Callable | None:
         return selective_log_softmax(logits, targets), entropy_from_logits(logits)
 
     return run
+
+
+def logits_warpers(top_k: int, top_p: float) -> list[Callable] | None:
+    """Hugging Face's, as `generate` applies them; None where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers.generation import logits_process
+
+    warpers = []
+    if top_k:
+        warpers.append(logits_process.TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(logits_process.TopPLogitsWarper(top_p))
+    return warpers
+
+
+def multinomial(
+    logits: Tensor, temperature: float, warpers: Sequence[Callable] = ()
+) -> tuple[Tensor, Tensor]:
+    """A token a row and its log-prob."""
+    z = logits.float() / temperature
+    for warper in warpers:
+        z = warper(None, z)
+    p = z.softmax(-1)
+    token = p.multinomial(1)
+    return token, p.gather(-1, token).log()
+
+
+def gumbel_argmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same by an exponential race, as vLLM draws."""
+    log_p = (logits.float() / temperature).log_softmax(-1)
+    token = (log_p - torch.empty_like(log_p).exponential_().log_()).argmax(-1, keepdim=True)
+    return token, log_p.gather(-1, token)
 
 
 def scatter_advantage(rewards: Tensor, group_ids: Tensor, num_groups: int) -> Tensor:

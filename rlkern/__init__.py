@@ -16,6 +16,7 @@ from rlkern.ops.policy_loss.groups import balanced_clip, group_policy_loss, self
 from rlkern.ops.quantize_fp8 import quantize_fp8
 from rlkern.ops.quantize_nvfp4 import quantize_nvfp4
 from rlkern.ops.quantized_linear import quantized_linear
+from rlkern.ops.sample_tokens import SampleOutput, sample_tokens
 from rlkern.ops.segment_reduce import segment_reduce
 from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
 from rlkern.ops.tree_attention import TreePlan, tree_attention
@@ -32,6 +33,7 @@ __all__ = [
     "PolicyLossOutput",
     "PolicyObjective",
     "QuantizedTensor",
+    "SampleOutput",
     "TreePlan",
     "ValueLossOutput",
     "balanced_clip",
@@ -49,6 +51,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_nvfp4",
     "quantized_linear",
+    "sample_tokens",
     "segment_reduce",
     "self_reward_loss",
     "sparse_linear_logprob",

@@ -85,3 +85,33 @@ def gradient_constants(a, grad_logsumexp, grad_entropy, entropy, row):
         b = tl.load(grad_entropy + row)
         constant -= b * tl.load(entropy + row)
     return constant, b
+
+
+@triton.jit
+def _product_high(a, b):
+    return tl.umulhi(a, tl.full(a.shape, b, tl.uint32))
+
+
+@triton.jit
+def philox(lower, upper, seed):
+    """The four words of int64 halves of a counter (csrc/include/rlkern/math/philox.h)."""
+    c0 = lower.to(tl.uint32)
+    c1 = (lower >> 32).to(tl.uint32)
+    c2 = upper.to(tl.uint32)
+    c3 = (upper >> 32).to(tl.uint32)
+    # a launcher passes a small one as 32 bits
+    wide = tl.cast(seed, tl.int64)
+    key0 = wide & 0xFFFFFFFF
+    key1 = (wide >> 32) & 0xFFFFFFFF
+    for _ in tl.static_range(10):
+        high_a = _product_high(c0, 0xD2511F53)
+        low_a = c0 * tl.full(c0.shape, 0xD2511F53, tl.uint32)
+        high_b = _product_high(c2, 0xCD9E8D57)
+        low_b = c2 * tl.full(c2.shape, 0xCD9E8D57, tl.uint32)
+        c0 = high_b ^ c1 ^ key0.to(tl.uint32)
+        c2 = high_a ^ c3 ^ key1.to(tl.uint32)
+        c1 = low_b
+        c3 = low_a
+        key0 = (key0 + 0x9E3779B9) & 0xFFFFFFFF
+        key1 = (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3

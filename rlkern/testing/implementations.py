@@ -26,6 +26,7 @@ OPS = (
     "write_kv",
     "merge_attention",
     "tree_attention",
+    "sample_tokens",
 )
 
 

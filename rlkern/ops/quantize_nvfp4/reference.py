@@ -50,16 +50,19 @@ def e2m1(x: Tensor) -> Tensor:
     return ((steps + 2 * far) | sign).to(torch.uint8)
 
 
-def philox(block: Tensor, seed: int) -> list[Tensor]:
-    """The four random words (int64, below 2^32) of Philox4x32-10 for counters that are int64."""
+def philox(block: Tensor, seed: int, upper: Tensor | None = None) -> list[Tensor]:
+    """The four random words (int64, below 2^32) of Philox4x32-10 for counters that are int64.
+
+    upper: the upper half of counters of 128 bits.
+    """
     mask = 0xFFFFFFFF
 
     def product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
         high = ((a >> 16) * b + ((a & 0xFFFF) * b >> 16)) >> 16
         return high, (a * b) & mask
 
-    zero = torch.zeros_like(block)
-    c = [block & mask, (block >> 32) & mask, zero, zero]
+    upper = torch.zeros_like(block) if upper is None else upper
+    c = [block & mask, (block >> 32) & mask, upper & mask, (upper >> 32) & mask]
     key0, key1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         high_a, low_a = product(c[0], 0xD2511F53)

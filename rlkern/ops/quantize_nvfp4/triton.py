@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlkern.ops._triton import philox
 from rlkern.ops._triton_quant import (
     INFINITY_BITS,
     LEAST_FLOAT,
@@ -74,30 +75,10 @@ def _scaled(x, factor, RECIPE: tl.constexpr):
 
 
 @triton.jit
-def _product_high(a, b):
-    return tl.umulhi(a, tl.full(a.shape, b, tl.uint32))
-
-
-@triton.jit
 def _random_bytes(block, seed):
     """(..., 16) bytes of blocks, as csrc/include/rlkern/math/philox.h has them."""
-    c0 = block.to(tl.uint32)
-    c1 = (block >> 32).to(tl.uint32)
-    c2 = tl.zeros_like(c0)
-    c3 = tl.zeros_like(c0)
-    key0 = seed & 0xFFFFFFFF
-    key1 = seed >> 32
-    for _ in tl.static_range(10):
-        high_a = _product_high(c0, 0xD2511F53)
-        low_a = c0 * tl.full(c0.shape, 0xD2511F53, tl.uint32)
-        high_b = _product_high(c2, 0xCD9E8D57)
-        low_b = c2 * tl.full(c2.shape, 0xCD9E8D57, tl.uint32)
-        c0 = high_b ^ c1 ^ key0.to(tl.uint32)
-        c2 = high_a ^ c3 ^ key1.to(tl.uint32)
-        c1 = low_b
-        c3 = low_a
-        key0 = (key0 + 0x9E3779B9) & 0xFFFFFFFF
-        key1 = (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    zero = tl.zeros_like(block)
+    c0, c1, c2, c3 = philox(block, zero, seed)
     element = tl.arange(0, 16)[None, None, :]
     word = tl.where(element < 4, c0[:, :, None], c1[:, :, None])
     word = tl.where(element < 8, word, tl.where(element < 12, c2[:, :, None], c3[:, :, None]))

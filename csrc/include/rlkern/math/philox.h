@@ -25,8 +25,11 @@ struct Philox {
 
   // The random words of counter (low, high, 0, 0).
   static RLK_HD Philox of(U low, U high, uint64_t seed) {
+    return of(Philox{{low, high, U{}, U{}}}, seed);
+  }
+
+  static RLK_HD Philox of(Philox c, uint64_t seed) {
     uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-    Philox c{{low, high, U{}, U{}}};
     for (int round = 0; round < 10; ++round) {
       const U a = c.words[0], b = c.words[2];
       const U high_a = HighHalf<U>::of(a, 0xD2511F53u), high_b = HighHalf<U>::of(b, 0xCD9E8D57u);
