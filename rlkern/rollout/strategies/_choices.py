@@ -1,4 +1,4 @@
-"""What strategies decide by, on a whole batch: to become ops of the same names."""
+"""Small programs with the names, arguments and results of the ops that are to replace them."""
 
 from typing import NamedTuple
 
@@ -6,30 +6,55 @@ import torch
 from torch import Tensor
 
 
-class BranchSelect(NamedTuple):
-    ids: Tensor  # int64 [R, m], the most likely tokens, first to m-th
-    branches: Tensor  # bool [R, m], whether a branch begins with this token; never the first
+class BranchOutput(NamedTuple):
+    ids: Tensor  # int64 [R, m], most probable first
+    branch: Tensor  # bool [R, m]
+    diversity: Tensor | None  # float32 [R]
 
 
-def branch_select(logits: Tensor, *, top_m: int, tau_abs: float, tau_rel: float) -> BranchSelect:
-    """The j-th likely token branches if p_j > tau_abs and p_1 - p_j < tau_rel (2510.24302)."""
-    top = logits.float().softmax(-1).topk(top_m)
-    p, first = top.values, top.values[:, :1]
-    branches = (p > tau_abs) & (first - p < tau_rel)
-    branches[:, 0] = False
-    return BranchSelect(top.indices, branches)
+def branch_select(
+    logits: Tensor,
+    *,
+    m: int = 2,
+    tau_abs: float | None = None,
+    tau_rel: float | None = None,
+    embedding: Tensor | None = None,
+    top: int = 20,
+) -> BranchOutput:
+    """With p_1 >= p_2 >= ... the softmax,
 
+    branch[j] = j >= 2 and p_j > tau_abs and p_1 - p_j < tau_rel
+    diversity = entropy (sum_i p_i^2 - |sum_i p_i e_i|^2),
 
-def suffix_similarity(a: Tensor, b: Tensor, *, mode: str) -> Tensor:
-    """How alike the rows of a and b (K, r) are, as a share of r -> float64 [K].
-
-    "edit": Levenshtein distance, which falls with likeness; "suffix": the longest common suffix;
-    "rouge": the longest common subsequence, which for rows of equal length is ROUGE-L.
+    over the `top` most probable tokens, with e_i their normalised embeddings.
     """
-    same = (a[:, :, None] == b[:, None, :]).long()
-    rows, r = a.shape
+    logp = logits.float().log_softmax(-1)
+    p = logp.exp()
+    best = p.topk(m)
+    branch = torch.ones_like(best.indices, dtype=torch.bool)
+    branch[:, 0] = False
+    if tau_abs is not None:
+        branch &= best.values > tau_abs
+    if tau_rel is not None:
+        branch &= best.values[:, :1] - best.values < tau_rel
+    if embedding is None:
+        return BranchOutput(best.indices, branch, None)
+    entropy = -(p * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+    share = p.topk(min(top, p.shape[1]))
+    e = torch.nn.functional.normalize(embedding[share.indices].float(), dim=-1)
+    mean = (share.values[..., None] * e).sum(1)
+    spread = share.values.square().sum(-1) - mean.square().sum(-1)
+    return BranchOutput(best.indices, branch, entropy * spread)
+
+
+def suffix_similarity(tokens_a: Tensor, tokens_b: Tensor, *, mode: str = "edit") -> Tensor:
+    """Of each pair of rows of r tokens, divided by r: "edit", their Levenshtein distance; "suffix",
+    the longest suffix of either that stands anywhere in the other; "rouge", their longest common
+    subsequence, which for equal lengths is ROUGE-L."""
+    same = (tokens_a[:, :, None] == tokens_b[:, None, :]).long()
+    rows, r = tokens_a.shape
     if mode == "suffix":
-        return (a == b).flip(1).long().cumprod(1).sum(1).double() / r
+        return torch.tensor([max(_tail(s), _tail(s.T)) / r for s in same])
     edit = mode == "edit"
     before = torch.arange(r + 1).expand(rows, -1) * int(edit)
     for i in range(r):
@@ -42,16 +67,29 @@ def suffix_similarity(a: Tensor, b: Tensor, *, mode: str) -> Tensor:
                 most = torch.maximum(line[j], before[:, j + 1])
                 line.append(torch.maximum(most, before[:, j] + same[:, i, j]))
         before = torch.stack(line, 1)
-    return before[:, -1].double() / r
+    return before[:, -1].float() / r
 
 
-def smc_resample(log_weights: Tensor, u: float, n: int | None = None) -> tuple[Tensor, Tensor]:
-    """Systematic resampling of N particles by the points (u + i) / n -> parents [n], ESS.
+def _tail(same: Tensor) -> int:
+    """The longest suffix of a that stands anywhere in b: the longest diagonal from the last row."""
+    r = len(same)
+    runs = [same.flip(0, 1).diagonal(k).cumprod(0).sum() for k in range(r)]
+    return int(max(runs))
 
-    ESS = (sum w)^2 / sum w^2. n defaults to N.
-    """
+
+class ResampleOutput(NamedTuple):
+    parents: Tensor  # int64 [N]
+    ess: Tensor  # float32 [1]
+
+
+def smc_resample(log_weights: Tensor, u: Tensor, *, ess_threshold: float = 0.5) -> ResampleOutput:
+    """Systematic resampling of n particles, if ess = (sum w)^2 / sum w^2 < ess_threshold n:
+    parents[i] is the first j with w_0 + ... + w_j > (i + u) / n. Else parents[i] = i."""
+    n = len(log_weights)
     w = log_weights.double().softmax(0)
-    n = len(w) if n is None else n
-    points = (torch.arange(n, dtype=torch.float64) + u) / n
-    parents = torch.searchsorted(w.cumsum(0), points, right=True).clamp_(max=len(w) - 1)
-    return parents, 1 / w.square().sum()
+    ess = 1 / w.square().sum()
+    parents = torch.arange(n)
+    if ess < ess_threshold * n:
+        points = (parents + u.double()) / n
+        parents = torch.searchsorted(w.cumsum(0), points, right=True).clamp_(max=n - 1)
+    return ResampleOutput(parents, ess.float()[None])

@@ -61,7 +61,7 @@ class LATR(Strategy):
         sample: bool = False,
         share: float | dict[int, float] = 1.0,
     ) -> None:
-        self.select_by = {"top_m": top_m, "tau_abs": tau_abs, "tau_rel": tau_rel}
+        self.select_by = {"m": top_m, "tau_abs": tau_abs, "tau_rel": tau_rel}
         self.ages, self.limits = tuple(ages), {"edit": tau_ed, "suffix": suffix, "rouge": rouge}
         self.full, self.decay, self.tree_tokens = full, decay, tree_tokens
         self.sample = sample
@@ -88,7 +88,7 @@ class LATR(Strategy):
         index = torch.from_numpy(at).to(step.logits.device)
         found = branch_select(step.logits[index], **self.select_by)
         # a token that was drawn has its branch already
-        wanted = found.branches & (found.ids != step.tokens[index, None])
+        wanted = found.branch & (found.ids != step.tokens[index, None])
         chosen = []
         for rank, i in wanted.T.nonzero().tolist():
             if room[numbers[i]] > 0:

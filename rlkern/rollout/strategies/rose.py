@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from rlkern.rollout.state import Rows
+from rlkern.rollout.strategies._choices import branch_select
 from rlkern.rollout.strategies.base import Strategy
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlkern.rollout.run import Run
     from rlkern.rollout.state import Group, Step
 
@@ -42,7 +39,8 @@ class ROSE(Strategy):
 
     def on_logits(self, run: Run, step: Step) -> None:
         embeddings = run.engine.model.get_input_embeddings().weight
-        scores = semantic_entropy(step.logits, embeddings, self.top_k).tolist()
+        found = branch_select(step.logits, m=1, embedding=embeddings, top=self.top_k)
+        scores = found.diversity.tolist()
         rows = step.rows
         which = (rows.group.tolist(), rows.stream.tolist(), rows.length.tolist(), scores)
         for number, stream, position, score in zip(*which, strict=True):
@@ -61,13 +59,3 @@ class ROSE(Strategy):
         stream, position = max(places, key=places.get)
         del places[stream, position]
         run.fork(Rows.of([one for one in group.done if one.stream == stream]), at=position)
-
-
-def semantic_entropy(logits: Tensor, embeddings: Tensor, top_k: int) -> Tensor:
-    """ROSE's score of each row -> float32 [R]."""
-    logp = logits.float().log_softmax(-1)
-    entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
-    top = logp.exp().topk(min(top_k, logp.shape[-1]))
-    e = torch.nn.functional.normalize(embeddings[top.indices].float(), dim=-1)
-    mean = (top.values[..., None] * e).sum(1)
-    return entropy * (top.values.square().sum(-1) - mean.square().sum(-1))

@@ -49,6 +49,11 @@ class SMC(Strategy):
         self.potential = potential
         self.num_particles, self.every, self.min_ess = num_particles, every, min_ess
 
+    def begin(self, group_size: int) -> None:
+        if group_size > self.num_particles:
+            raise ValueError(f"SMC: has {self.num_particles} particles, got {group_size=}")
+        super().begin(group_size)
+
     def rows(self, group_size: int) -> int:
         return self.num_particles
 
@@ -70,9 +75,11 @@ class SMC(Strategy):
         self.settle(run, group, None)
         done = sorted(group.done, key=lambda one: one.stream)
         weights = self._weights(group, [one.stream for one in done])
-        u = run.random(group, 0).random()
-        parents = smc_resample(weights, u, self.group_size)[0]
-        group.notes["chosen"] = [done[i] for i in parents.tolist()]
+        random = run.random(group, 0)
+        parents = smc_resample(weights, uniform(random), ess_threshold=1.0).parents.numpy()
+        # equal weights now: evenly spaced ones of them
+        chosen = (np.arange(self.group_size) + random.random()) * len(done) / self.group_size
+        group.notes["chosen"] = [done[i] for i in parents[chosen.astype(np.int64)].tolist()]
 
     def select(self, group: Group) -> list[Done]:
         return group.notes["chosen"]
@@ -97,7 +104,7 @@ class SMC(Strategy):
 
     def _weights(self, group: Group, streams: list[int]) -> Tensor:
         weight = group.notes["weight"]
-        return torch.tensor([weight.get(s, 0.0) for s in streams], dtype=torch.float64)
+        return torch.tensor([weight.get(s, 0.0) for s in streams], dtype=torch.float32)
 
     def _resample(self, run: Run, group: Group, t: int) -> None:
         rows = run.rows[run.rows.group == group.number]
@@ -105,10 +112,11 @@ class SMC(Strategy):
         ended = [(done.stream, -1, done) for done in group.done]
         particles = sorted(live + ended, key=lambda particle: particle[0])
         streams = [stream for stream, *_ in particles]
-        parents, ess = smc_resample(self._weights(group, streams), run.random(group, t).random())
-        if ess >= self.min_ess * len(particles):
+        weights, u = self._weights(group, streams), uniform(run.random(group, t))
+        out = smc_resample(weights, u, ess_threshold=self.min_ess)
+        if out.ess >= self.min_ess * len(particles):
             return
-        counts = torch.bincount(parents, minlength=len(particles)).tolist()
+        counts = torch.bincount(out.parents, minlength=len(particles)).tolist()
         done = [
             one for (_, _, one), n in zip(particles, counts, strict=True) if one for _ in range(n)
         ]
@@ -191,3 +199,7 @@ class PowerSMC(SMC):
 
     def _alpha(self, t: int) -> float:
         return 1 + (self.alpha - 1) * min(t / self.ramp, 1.0) if self.ramp else self.alpha
+
+
+def uniform(random: np.random.Generator) -> Tensor:
+    return torch.from_numpy(random.random(1, dtype=np.float32))
