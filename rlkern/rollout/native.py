@@ -100,9 +100,10 @@ class NativeEngine:
         group and on its position, not on max_sequences or on what is sampled beside it.
 
         Groups that a strategy with `num_groups` leaves unfinished go on in the next call, before
-        its own prompts; `Rollouts.prompt_ids` counts on from call to call as long as that happens.
+        its own prompts, of which there may be none; `Rollouts.prompt_ids` counts on from call to
+        call as long as that happens.
         """
-        if not prompts or min(map(len, prompts)) == 0:
+        if not (prompts or self.kept.groups) or min(map(len, prompts), default=1) == 0:
             raise ValueError("NativeEngine.generate: expected prompts of at least one token")
         if group_size < 1 or max_new_tokens < 1 or not temperature > 0:
             raise ValueError(
@@ -110,7 +111,7 @@ class NativeEngine:
                 f"temperature > 0, got {group_size}, {max_new_tokens} and {temperature}"
             )
         config = self.model.config.get_text_config()
-        need = max(map(len, prompts)) + max_new_tokens
+        need = max(map(len, prompts), default=0) + max_new_tokens
         need = max(need, self.kept.longest(max_new_tokens))
         limit = getattr(config, "max_position_embeddings", None)
         window, kinds = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))

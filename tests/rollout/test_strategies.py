@@ -1,6 +1,7 @@
 """What each strategy chooses, on a model whose next-token probabilities are written down."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -525,6 +526,17 @@ def test_april_over_new_weights(model, stale, options):
         model.load_state_dict(before)
 
 
+def test_what_is_left_over_may_be_longer_than_a_later_call():
+    one = engine(chain(LINE))
+    run(one, APRIL(1), [[2], [4] * 40, [3]], max_new_tokens=12)
+    rollouts = run(one, APRIL(1), [], max_new_tokens=3)
+    assert rollouts.prompt_ids.tolist() == [2]
+    rollouts = run(one, Strategy(), [[2]], max_new_tokens=3)
+    assert texts(rollouts) == [[4] * 3] * 4 + [[EOS]] * 4
+    with pytest.raises(ValueError, match="expected prompts of at least one token"):
+        run(one, Strategy(), [])
+
+
 def test_a_call_that_fails_leaves_nothing():
     one = engine(chain(LINE))
     run(one, APRIL(1), [[2], [4], [4]], max_new_tokens=6)
@@ -628,6 +640,24 @@ def test_smc_keeps_what_its_potential_likes():
     # equal potentials: nothing is resampled, all particles are their own
     rollouts = run(engine(model), SMC(lambda *_: 0.0, num_particles=4, every=1), [[8]])
     assert len({part[0] for part in origins(rollouts)}) == 4
+
+
+@pytest.mark.parametrize("every", [1, 2, 100])
+def test_smc_samples_its_target(every):
+    # 3 ends at once; what begins with 2 and goes on to 4 is three times as good
+    model = chain({8: {2: 0.5, 3: 0.5}, 2: {4: 0.5, 5: 0.5}, 4: {6: 1.0}, 5: {6: 1.0}})
+
+    def potential(number, tokens):
+        asked.append(tokens.tolist())
+        return math.log(3) if tokens.tolist()[:2] == [2, 4] else 0.0
+
+    asked = []
+    strategy = SMC(potential, num_particles=1000, every=every, min_ess=1.0)
+    words = texts(run(engine(model), strategy, [[8]] * 2, group_size=500))
+    for start, mass in {(3, EOS): 0.5, (2, 4): 0.75, (2, 5): 0.25}.items():
+        got = sum(tuple(word[:2]) == start for word in words) / 1000
+        assert got == pytest.approx(mass / 1.5, abs=0.05), start
+    assert asked.count([3, EOS]) <= 2 * 1000
 
 
 # DeepSearch
@@ -828,3 +858,19 @@ def test_optional_fields_are_selected_saved_and_loaded(model, tmp_path):
     loaded, _ = Rollouts.load(tmp_path / "r.safetensors")
     for name in Rollouts.__dataclass_fields__:
         assert torch.equal(getattr(loaded, name), getattr(part, name)), name
+
+
+def test_the_examples_of_the_documentation_run():
+    page = Path(__file__).parents[2].joinpath("docs", "rollout.md").read_text()
+    first, own = (block.split("```")[0] for block in page.split("```python\n")[1:])
+    names = {}
+    exec(first, names)
+    assert names["rollouts"].group_ids.bincount().tolist() == [16, 16]
+    assert names["drawn"] < len(names["rollouts"].tokens)
+    exec(own, names)
+    assert all(f"`{name}` | `{kind.__name__}`" in page for name, kind in STRATEGIES.items())
+    one = names["engine"]
+    rollouts = run(one, names["HalfWay"](), group_size=6)
+    assert rollouts.group_ids.bincount().tolist() == [6, 6, 6]
+    check(names["model"], rollouts)
+    assert is_empty(one)

@@ -58,8 +58,8 @@ class SMC(Strategy):
         return self.num_particles
 
     def first(self, group: Group) -> int:
-        # by stream: log-weight, and what it is made from
-        group.notes |= {"weight": {}, "value": {}, "chosen": None}
+        # by stream: log-weight, and what it is made from; settled: streams that have ended
+        group.notes |= {"weight": {}, "value": {}, "settled": set(), "chosen": None}
         return self.num_particles
 
     def on_step(self, run: Run, step: Step) -> None:
@@ -92,9 +92,12 @@ class SMC(Strategy):
         weight, value = group.notes["weight"], group.notes["value"]
         start = run.prompt_length(group.number)
         for stream, branch in self._particles(run, group):
+            if stream in group.notes["settled"]:
+                continue
             now = self.potential(group.number, run.cache.tokens(branch)[start:])
             weight[stream] = weight.get(stream, 0.0) + now - value.get(stream, 0.0)
             value[stream] = now
+        group.notes["settled"] |= {one.stream for one in group.done}
 
     def _particles(self, run: Run, group: Group) -> list[tuple[int, int]]:
         """(stream, branch) of each, once."""
