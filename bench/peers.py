@@ -71,6 +71,39 @@ def gumbel_argmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     return token, log_p.gather(-1, token)
 
 
+def branch_test(
+    logits: Tensor, embedding: Tensor | None, tau_abs: float, tau_rel: float
+) -> tuple[Tensor, ...]:
+    """LATR's test on the softmax, and ROSE's diversity where there is an embedding."""
+    log_p = logits.float().log_softmax(-1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1)
+    top, ids = p.topk(2 if embedding is None else 20)
+    passes = (top[:, 1:2] > tau_abs) & (top[:, :1] - top[:, 1:2] < tau_rel)
+    if embedding is None:
+        return passes, entropy
+    unit = torch.nn.functional.normalize(embedding[ids].float(), dim=-1)
+    mean = (top[..., None] * unit).sum(1)
+    return passes, entropy * (top.square().sum(-1) - mean.square().sum(-1))
+
+
+def looped_similarity(a: Tensor, b: Tensor, mode: str) -> Tensor:
+    """The dynamic programme of each pair in Python, as LATR has it (there compiled by numba for
+    ROUGE-L, torchaudio's for the edit distance)."""
+    found = []
+    for x, y in zip(a.tolist(), b.tolist(), strict=True):
+        row = list(range(len(y) + 1)) if mode == "edit" else [0] * (len(y) + 1)
+        for i, one in enumerate(x, 1):
+            above, row = row, [i if mode == "edit" else 0]
+            for j, other in enumerate(y, 1):
+                if mode == "edit":
+                    row.append(min(row[-1] + 1, above[j] + 1, above[j - 1] + (one != other)))
+                else:
+                    row.append(above[j - 1] + 1 if one == other else max(row[-1], above[j]))
+        found.append(row[-1] / len(x))
+    return torch.tensor(found)
+
+
 def scatter_advantage(rewards: Tensor, group_ids: Tensor, num_groups: int) -> Tensor:
     """GRPO for groups of any size, vectorised."""
     count = rewards.new_zeros(num_groups).index_add_(0, group_ids, torch.ones_like(rewards))

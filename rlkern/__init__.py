@@ -4,6 +4,7 @@ from rlkern import kv
 from rlkern.ops._dequantize import dequantize
 from rlkern.ops._logprob import LogprobOutput
 from rlkern.ops._quantized import QuantizedTensor
+from rlkern.ops.branch_select import BranchOutput, branch_select
 from rlkern.ops.gae import GaeOutput, gae
 from rlkern.ops.group_advantage import group_advantage
 from rlkern.ops.linear_distill_loss import LinearDistillLossOutput, linear_distill_loss
@@ -18,7 +19,9 @@ from rlkern.ops.quantize_nvfp4 import quantize_nvfp4
 from rlkern.ops.quantized_linear import quantized_linear
 from rlkern.ops.sample_tokens import SampleOutput, sample_tokens
 from rlkern.ops.segment_reduce import segment_reduce
+from rlkern.ops.smc_resample import ResampleOutput, smc_resample
 from rlkern.ops.sparse_linear_logprob import sparse_linear_logprob
+from rlkern.ops.suffix_similarity import suffix_similarity
 from rlkern.ops.tree_attention import TreePlan, tree_attention
 from rlkern.ops.value_loss import ValueLossOutput, value_loss
 from rlkern.ops.write_kv import write_kv
@@ -26,6 +29,7 @@ from rlkern.ops.write_kv import write_kv
 __version__ = "0.1.0"
 
 __all__ = [
+    "BranchOutput",
     "GaeOutput",
     "LinearDistillLossOutput",
     "LinearPolicyLossOutput",
@@ -33,10 +37,12 @@ __all__ = [
     "PolicyLossOutput",
     "PolicyObjective",
     "QuantizedTensor",
+    "ResampleOutput",
     "SampleOutput",
     "TreePlan",
     "ValueLossOutput",
     "balanced_clip",
+    "branch_select",
     "dequantize",
     "gae",
     "group_advantage",
@@ -54,7 +60,9 @@ __all__ = [
     "sample_tokens",
     "segment_reduce",
     "self_reward_loss",
+    "smc_resample",
     "sparse_linear_logprob",
+    "suffix_similarity",
     "tree_attention",
     "value_loss",
     "write_kv",

@@ -27,6 +27,9 @@ OPS = (
     "merge_attention",
     "tree_attention",
     "sample_tokens",
+    "branch_select",
+    "suffix_similarity",
+    "smc_resample",
 )
 
 

@@ -27,7 +27,6 @@ from rlkern.rollout.strategies import (
     Strategy,
     TreeRL,
 )
-from rlkern.rollout.strategies._choices import branch_select, smc_resample, suffix_similarity
 from rlkern.rollout.strategies.arrol import too_many
 
 V, EOS = 16, 1
@@ -277,14 +276,6 @@ def test_latr_has_a_share_of_the_group():
     assert texts(run(one, strategy, [[8]], max_new_tokens=3))[:2] == [[2, 4, 4], [3, 3, 3]]
 
 
-def test_similarities():
-    a = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
-    b = torch.tensor([[1, 2, 3, 4], [2, 3, 4, 9], [9, 9, 3, 4]])
-    assert suffix_similarity(a, b, mode="edit").tolist() == [0, 0.5, 0.5]
-    assert suffix_similarity(a, b, mode="suffix").tolist() == [1, 0.75, 0.5]
-    assert suffix_similarity(a, b, mode="rouge").tolist() == [1, 0.75, 0.5]
-
-
 # CURE, ROSE, TreeRL
 
 
@@ -353,16 +344,6 @@ def test_rose_begins_again_at_the_largest_score(model):
             best[i, t] = float(h * ((p * p).sum() - mean @ mean))
     roots = run(engine(model), ROSE(epsilon=1.0), [[5, 6]], group_size=6, max_new_tokens=6)
     assert len(roots.origin.unique()) == len(roots.tokens) > len(rollouts.origin.unique())
-
-
-def test_semantic_entropy_of_two_tokens():
-    p = torch.tensor([[0.5, 0.25, 0.25]])
-    embeddings = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.0, 1.0]])  # the last two mean the same
-    top2 = branch_select(p.log(), m=1, embedding=embeddings, top=2).diversity
-    torch.testing.assert_close(top2, torch.zeros(1), rtol=0, atol=1e-6)
-    entropy = 0.5 * math.log(2) + 0.5 * math.log(4)
-    all3 = branch_select(p.log(), m=1, embedding=embeddings).diversity
-    torch.testing.assert_close(all3, torch.tensor([-2 * 0.25 * 0.25 * entropy]))
 
 
 def test_tree_rl_forks_at_the_least_likely_tokens(model):
@@ -594,15 +575,6 @@ def test_arrol_leaves_what_has_ended():
 
 
 # SMC
-
-
-def test_systematic_resampling():
-    u = torch.tensor([0.5])
-    weights = torch.tensor([0.6, 0.2, 0.2, 0.0]).log() + 7
-    out = smc_resample(weights, u)
-    assert float(out.ess) == pytest.approx(1 / (0.36 + 2 * 0.04))
-    assert out.parents.tolist() == [0, 1, 2, 3]
-    assert smc_resample(weights, u, ess_threshold=0.9).parents.tolist() == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("every", [1, 2, 100])

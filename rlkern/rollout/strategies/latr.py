@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from rlkern.rollout.strategies._choices import branch_select, suffix_similarity
+import rlkern
 from rlkern.rollout.strategies.base import Strategy
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class LATR(Strategy):
         if not any(room.values()):
             return
         index = torch.from_numpy(at).to(step.logits.device)
-        found = branch_select(step.logits[index], **self.select_by)
+        found = rlkern.branch_select(step.logits[index], **self.select_by)
         # a token that was drawn has its branch already
         wanted = found.branch & (found.ids != step.tokens[index, None])
         chosen = []
@@ -137,7 +137,7 @@ class LATR(Strategy):
         bad = torch.zeros(len(pairs), dtype=torch.bool)
         for mode, limit in self.limits.items():
             if limit is not None:
-                share = suffix_similarity(a, b, mode=mode)
+                share = rlkern.suffix_similarity(a, b, mode=mode)
                 bad |= share < limit if mode == "edit" else share > limit
         return [pairs[i][0] for i in bad.nonzero()[:, 0].tolist()]
 

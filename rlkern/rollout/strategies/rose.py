@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import rlkern
 from rlkern.rollout.state import Rows
-from rlkern.rollout.strategies._choices import branch_select
 from rlkern.rollout.strategies.base import Strategy
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ROSE(Strategy):
 
     def on_logits(self, run: Run, step: Step) -> None:
         embeddings = run.engine.model.get_input_embeddings().weight
-        found = branch_select(step.logits, m=1, embedding=embeddings, top=self.top_k)
+        found = rlkern.branch_select(step.logits, m=1, embedding=embeddings, top=self.top_k)
         scores = found.diversity.tolist()
         rows = step.rows
         which = (rows.group.tolist(), rows.stream.tolist(), rows.length.tolist(), scores)

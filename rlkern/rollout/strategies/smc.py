@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import rlkern
-from rlkern.rollout.strategies._choices import smc_resample
 from rlkern.rollout.strategies.base import Strategy
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class SMC(Strategy):
         done = sorted(group.done, key=lambda one: one.stream)
         weights = self._weights(group, [one.stream for one in done])
         random = run.random(group, 0)
-        parents = smc_resample(weights, uniform(random), ess_threshold=1.0).parents.numpy()
+        parents = rlkern.smc_resample(weights, uniform(random), ess_threshold=1.0).parents.numpy()
         # equal weights now: evenly spaced ones of them
         chosen = (np.arange(self.group_size) + random.random()) * len(done) / self.group_size
         group.notes["chosen"] = [done[i] for i in parents[chosen.astype(np.int64)].tolist()]
@@ -116,7 +115,7 @@ class SMC(Strategy):
         particles = sorted(live + ended, key=lambda particle: particle[0])
         streams = [stream for stream, *_ in particles]
         weights, u = self._weights(group, streams), uniform(run.random(group, t))
-        out = smc_resample(weights, u, ess_threshold=self.min_ess)
+        out = rlkern.smc_resample(weights, u, ess_threshold=self.min_ess)
         if out.ess >= self.min_ess * len(particles):
             return
         counts = torch.bincount(out.parents, minlength=len(particles)).tolist()
