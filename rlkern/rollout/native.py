@@ -17,7 +17,7 @@ from rlkern.kv import TreeKVCache, Work, hf
 from rlkern.ops.tree_attention import TreePlan
 from rlkern.rollout.decoder import Decoder
 from rlkern.rollout.engine import Rollouts
-from rlkern.rollout.run import Run
+from rlkern.rollout.run import Kept, Run
 from rlkern.rollout.strategies.base import Strategy
 
 
@@ -69,6 +69,7 @@ class NativeEngine:
         self.cache: TreeKVCache | None = None
         self.version = 0
         self.stats: dict[str, float] = {}  # of the last call, see Run.stats
+        self.kept = Kept()
 
     def bump_version(self, version: int | None = None) -> None:
         """Says that the weights have changed; default: to the version after the present one."""
@@ -98,8 +99,12 @@ class NativeEngine:
         tokens that top_k, top_p and min_p leave (see `rlkern.sample_tokens`). The same generator
         state gives the same bits; a draw depends on that state, on the sample's number within its
         group and on its position, not on max_sequences or on what is sampled beside it.
+
+        Groups that a strategy with `num_groups` leaves unfinished go on in the next call, before
+        its own prompts, of which there may be none; `Rollouts.prompt_ids` counts on from call to
+        call as long as that happens.
         """
-        if not prompts or min(map(len, prompts)) == 0:
+        if not (prompts or self.kept.groups) or min(map(len, prompts), default=1) == 0:
             raise ValueError("NativeEngine.generate: expected prompts of at least one token")
         if group_size < 1 or max_new_tokens < 1 or not temperature > 0:
             raise ValueError(
@@ -107,7 +112,8 @@ class NativeEngine:
                 f"temperature > 0, got {group_size}, {max_new_tokens} and {temperature}"
             )
         config = self.model.config.get_text_config()
-        need = max(map(len, prompts)) + max_new_tokens
+        need = max(map(len, prompts), default=0) + max_new_tokens
+        need = max(need, self.kept.longest(max_new_tokens))
         limit = getattr(config, "max_position_embeddings", None)
         window, kinds = (getattr(config, name, None) for name in ("sliding_window", "layer_types"))
         if window is not None and (kinds is None or "sliding_attention" in kinds):
@@ -121,7 +127,7 @@ class NativeEngine:
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
         strategy = strategy or Strategy()
         strategy.begin(group_size)
-        self._reserve(prompts, strategy.rows(group_size), max_new_tokens)
+        self._reserve(prompts, strategy, max_new_tokens)
         sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
         was_training, how = self.model.training, config._attn_implementation
         hf.register()
@@ -139,12 +145,14 @@ class NativeEngine:
             self.model.train(was_training)
             config._attn_implementation = how
 
-    def _reserve(self, prompts: list[list[int]], rows: int, max_new_tokens: int) -> None:
+    def _reserve(self, prompts: list[list[int]], strategy: Strategy, max_new_tokens: int) -> None:
         """A cache that is large enough for this call."""
-        size = self.page_size
+        size, rows = self.page_size, strategy.rows(strategy.group_size)
+        bounded = not (strategy.together or strategy.keeps_pages)
         lengths = sorted(map(len, prompts), reverse=True)
         at_once = -(-self.max_sequences // rows) + 1  # groups that are not done at the same time
-        own = min(rows, self.max_sequences) * (-(-max_new_tokens // size) + 2)
+        own = min(rows, self.max_sequences) if bounded else rows
+        own *= -(-max_new_tokens // size) + 2
         pages = sum(-(-length // size) + own for length in lengths[:at_once])
         pages = min(pages, sum(-(-n // size) for n in lengths) + own * len(lengths))
         if self.max_cached_tokens is not None:

@@ -6,6 +6,7 @@ Read `all`, then `step`.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,25 @@ class Ended(NamedTuple):
     group: Group
     done: list[Done]
     at: list[np.ndarray]  # of each sequence, rows of `tree`, without the prompt
+    mask: list[np.ndarray]  # of each sequence, which of its tokens were drawn
     tree: TreeExport
+
+
+@dataclass
+class Kept:
+    """What a call that had enough groups leaves to the next one."""
+
+    groups: list[tuple[Group, Rows]] = field(default_factory=list)  # branches are suspended
+    ended: list[Ended] = field(default_factory=list)
+    count: int = 0  # prompts so far
+
+    def longest(self, max_new_tokens: int) -> int:
+        """Tokens that a branch of these groups may reach."""
+        lengths = [
+            len(group.prompt) - group.given + max(max_new_tokens, *(rows.length + 1).tolist(), 0)
+            for group, rows in self.groups
+        ]
+        return max(lengths, default=0)
 
 
 class Run:
@@ -47,35 +66,51 @@ class Run:
     ) -> None:
         self.engine, self.cache, self.strategy = engine, engine.cache, strategy
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
-        greedy = {} if strategy.greedy is None else {"greedy": strategy.greedy}
-        self.sampling, self.seed = sampling | greedy, seed
+        self.sampling, self.seed = sampling, seed
         self.groups: dict[int, Group] = {}  # begun, not ended
         self.rows = Rows.empty()  # decoded by the next step
         self.queue: deque[Group] = deque()  # not begun
         self.aside: deque[tuple[Group, Rows]] = deque()  # begun, without pages
         self.touched: set[int] = set()  # groups that a branch has left
+        self.full = False  # a group was put aside, and no branch has left since then
+        self.drawing = False  # within on_logits
         self.ended: list[Ended] = []
         self.fed, self.read, self.paths = 0, 0, torch.zeros((), dtype=torch.int64)
 
     def all(self, prompts: list[list[int]]) -> Rollouts:
         """Decodes until every group has ended, or the strategy has enough of them."""
         strategy = self.strategy
-        for group, rows in strategy.take_kept():
-            self.groups[group.number] = group
-            self.aside.append((group, rows))
-        for number, prompt in enumerate(prompts, strategy.num_prompts(len(prompts))):
+        kept, self.engine.kept = self.engine.kept, Kept()
+        goes_on = kept.groups or kept.ended or strategy.num_groups is not None
+        first = kept.count if goes_on else 0
+        self.ended = kept.ended
+        for group, rows in kept.groups:
+            if group.begun:
+                self.groups[group.number] = group
+                self.aside.append((group, rows))
+            else:
+                self.queue.append(group)
+        for number, prompt in enumerate(prompts, first):
             given = strategy.given(number, prompt)
+            if len(given) >= self.max_new_tokens:
+                raise ValueError(
+                    f"NativeEngine.generate: {len(given)} given tokens leave nothing of "
+                    f"max_new_tokens = {self.max_new_tokens}"
+                )
             group = Group(number, [*prompt, *given], len(given))
             group.waiting = strategy.first(group)
             self.queue.append(group)
-        while (self.queue or self.groups) and not strategy.enough(len(self.ended)):
+        enough = strategy.num_groups
+        while (self.queue or self.groups) and (enough is None or len(self.ended) < enough):
             self.step()
-        strategy.keep(self._leave_over())
+        if enough is not None:
+            self.ended, more = self.ended[:enough], self.ended[enough:]
+            self.engine.kept = Kept(self._leave_over(), more, first + len(prompts))
         return self._rollouts()
 
     def close(self) -> None:
         """Frees what a call that was broken off has left behind."""
-        kept = self.strategy.kept_numbers()
+        kept = {group.number for group, _ in self.engine.kept.groups}
         for group in self.groups.values():
             if group.number not in kept:
                 self.cache.prune(self.cache.export_tree(group.number).branches)
@@ -83,24 +118,29 @@ class Run:
     def step(self) -> None:
         """Feeds what is due, and gives every branch its next token."""
         logits, hidden = self._spawn(*self._feed(self._admit()))
-        rows = self.rows
+        rows, sampling = self.rows, self.sampling
         temperature = self.strategy.temperature(rows.length, self.temperature)
         if isinstance(temperature, np.ndarray):
             temperature = torch.from_numpy(temperature).to(logits.device, torch.float32)
+        greedy = self.strategy.greedy(self, rows, sampling["greedy"])
+        if isinstance(greedy, np.ndarray):
+            greedy = torch.from_numpy(greedy).to(logits.device)
         drawn = rlkern.sample_tokens(
             logits,
             seed=self.seed,
             branch_ids=torch.from_numpy((rows.group << 32) + rows.stream).to(logits.device),
             positions=torch.from_numpy(rows.length).to(logits.device),
             temperature=temperature,
-            **self.sampling,
+            **sampling | {"greedy": greedy},
         )
         tokens, logprob = drawn.token, drawn.logprob
         if self.engine.score is not None:
             logprob = self.engine.score(hidden, tokens, temperature)
-        step = Step(rows, logits, tokens, logprob, drawn.entropy, hidden)
+        step = Step(rows, logits, tokens, logprob, drawn.entropy, hidden, temperature)
         if self.strategy.acts_on_steps:
+            self.drawing = True
             self.strategy.on_logits(self, step)
+            self.drawing = False
         self._append(step)
         if self.strategy.acts_on_steps:
             self.strategy.on_step(self, step)
@@ -125,6 +165,8 @@ class Run:
         forced: a token of each child after those, its log-prob and its entropy. In `on_logits` the
             drawn tokens do not count: a forced one stands in the place of such a token.
         """
+        if self.drawing and at is None and forced is None:
+            raise ValueError("Run.fork: expected `forced` or `at` in on_logits, got neither")
         counts = np.broadcast_to(np.asarray(n, np.int64), len(rows))
         length, where = rows.length, None
         if at is not None:
@@ -134,15 +176,34 @@ class Run:
             rows.branch, counts, at=where, forced=forced, logprob=logprob, entropy=entropy
         ).numpy()
         of = np.repeat(np.arange(len(rows)), counts)
+        parents = rows.stream[of], length[of]
         if forced is not None:
             last, length = forced.cpu().numpy().astype(np.int64), length + 1
         elif where is None:
             last = rows.last[of]
         else:
-            ends = (where - 1)[of].tolist()
-            pairs = zip(born.tolist(), ends, strict=True)
-            last = np.array([int(self.cache.tokens(b)[p]) for b, p in pairs], np.int64)
-        return self._decode(born, rows.group[of], length[of], last)
+            last = np.array([int(self.cache.tokens(b)[-1]) for b in born.tolist()], np.int64)
+            # an end token of the prompt ends nothing
+            last[length[of] <= [self.groups[g].given for g in rows.group[of].tolist()]] = -1
+        return self._decode(born, rows.group[of], length[of], last, parents)
+
+    def logprob_of(self, step: Step, rows: np.ndarray, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of other tokens than the drawn ones of these rows of a step, and entropies.
+
+        Of the whole distribution, whatever top_k, top_p and min_p leave of it.
+        """
+        at = torch.from_numpy(rows).to(tokens.device)
+        temperature = step.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature[at]
+        if self.engine.score is not None:
+            return self.engine.score(step.hidden[at], tokens, temperature), step.entropy[at]
+        out = rlkern.logprob_from_logits(step.logits[at], tokens, temperature=temperature)
+        return out.logprob, step.entropy[at]
+
+    def random(self, group: Group, *numbers: int) -> np.random.Generator:
+        """For a strategy's choices: the same for the same numbers, whatever else is sampled."""
+        return np.random.default_rng([self.seed, group.number, *numbers])
 
     def spawn(self, group: Group, n: int) -> None:
         """n more samples of the prompt; see Strategy.keeps_root."""
@@ -152,8 +213,8 @@ class Run:
         """Ends branches and forgets them; subtree: with all that was forked from them."""
         before = self.cache.branches()
         self.cache.prune(branches, subtree=subtree)
-        gone = np.setdiff1d(before, self.cache.branches())
-        self._leave(np.isin(self.rows.branch, gone))
+        gone = set(before.tolist()) - set(self.cache.branches().tolist())
+        self._leave(np.isin(self.rows.branch, list(gone)))
         for group in self.groups.values():
             group.done = [done for done in group.done if done.branch not in gone]
             group.parked = [branch for branch in group.parked if branch not in gone]
@@ -177,9 +238,9 @@ class Run:
     def _admit(self) -> list[Group]:
         """Takes up groups that were put aside -> those whose prompt is to be fed now."""
         begun = []
-        while self.aside and len(self.rows) < self.engine.max_sequences:
+        while self.aside and not self.full and len(self.rows) < self.engine.max_sequences:
             group, rows = self.aside[0]
-            branches = [*rows.branch.tolist(), *group.parked, *([group.root] * (group.root >= 0))]
+            branches = self._held(group, rows)
             try:
                 self.cache.resume(branches)
             except OutOfPages as error:
@@ -187,7 +248,7 @@ class Run:
                     raise self._too_small(error) from error
                 break
             self.aside.popleft()
-            if group.waiting:  # the logits after the prompt are of older weights
+            if group.root >= 0:  # the logits after the prompt are gone, or of older weights
                 self.cache.truncate(group.root, len(group.prompt))
                 begun.append(group)
             self._recompute(branches)
@@ -250,10 +311,10 @@ class Run:
             room = self.engine.max_sequences - len(self.rows)
             if not group.waiting or group.logits is None or room <= 0:
                 continue
-            n = min(group.waiting, room)
+            n = group.waiting if self.strategy.together else min(group.waiting, room)
             born = self.cache.fork(group.root, n).numpy()
             length, last = np.full(n, group.given), np.full(n, -1)
-            self._decode(born, np.full(n, group.number), length, last)
+            self._decode(born, np.full(n, group.number), length, last, (np.full(n, -1), length))
             parts.append(group.logits.expand(n, -1))
             states.append(None if group.hidden is None else group.hidden.expand(n, -1))
             group.waiting -= n
@@ -299,9 +360,11 @@ class Run:
                     group.done.append(done)
                     fresh.append((group, done))
                 for group, done in fresh:
-                    self.strategy.on_finish(self, group, done)
+                    if done in group.done:  # or on_finish has pruned it
+                        self.strategy.on_finish(self, group, done)
                 if not self.strategy.keeps_pages:
-                    self.cache.suspend(rows.branch[ended], drop=True)
+                    left = [done.branch for group, done in fresh if done in group.done]
+                    self.cache.suspend(left, drop=True)
             elif not self.touched:
                 return
             live = set(self.rows.group.tolist())
@@ -327,7 +390,9 @@ class Run:
                 path.append(np.arange(first[node], first[node + 1]))
                 node = parent[node]
             at.append(np.concatenate(path[::-1])[len(group.prompt) - group.given :])
-        self.ended.append(Ended(group, done, at, tree))
+        drawn_by = [group.drawn_by(one.stream, one.length) for one in done]
+        mask = [stream >= 0 for stream in drawn_by]
+        self.ended.append(Ended(group, done, first_rows(at, drawn_by), mask, tree))
 
     def stats(self, rollouts: Rollouts) -> dict[str, float]:
         """What the call took.
@@ -345,44 +410,60 @@ class Run:
         }
 
     def _decode(
-        self, born: np.ndarray, numbers: np.ndarray, length: np.ndarray, last: np.ndarray
+        self,
+        born: np.ndarray,
+        numbers: np.ndarray,
+        length: np.ndarray,
+        last: np.ndarray,
+        parents: tuple[np.ndarray, np.ndarray],
     ) -> Rows:
+        """Makes rows of new branches; parents: for Group.lineage."""
         stream = []
-        for number in numbers.tolist():
-            group = self.groups[number]
-            stream.append(group.streams)
-            group.streams += 1
+        for number, *parent in zip(numbers.tolist(), *(x.tolist() for x in parents), strict=True):
+            lineage = self.groups[number].lineage
+            stream.append(len(lineage))
+            lineage.append(tuple(parent))
         rows = Rows(born, numbers, np.array(stream, np.int64), length, last)
         self.rows = self.rows + rows
         return rows
 
     def _leave(self, leaves: np.ndarray) -> None:
-        self.touched.update(self.rows.group[leaves].tolist())
-        self.rows = self.rows[~leaves]
+        if leaves.any():
+            self.touched.update(self.rows.group[leaves].tolist())
+            self.rows = self.rows[~leaves]
+            self.full = False
 
     def _make_room(self, begun: list[Group], error: OutOfPages) -> None:
         """Puts the group that began last aside."""
-        if begun and (len(begun) > 1 or len(self.rows)):
-            group = begun.pop()
-            self.cache.prune(group.root)
-            self.queue.appendleft(self.groups.pop(group.number))
-            return
-        numbers = [n for n in self.groups if (self.rows.group == n).any()]
-        if len(numbers) + len(begun) < 2:
+        live = set(self.rows.group.tolist())
+        if len(live | {group.number for group in begun}) < 2:
             raise self._too_small(error) from error
-        self.aside.append(self._put_aside(self.groups[numbers[-1]]))
+        group = begun.pop() if begun else [g for n, g in self.groups.items() if n in live][-1]
+        if group.lineage:
+            self.aside.append(self._put_aside(group, drop=True))
+            self.full = True
+            return
+        self.cache.prune(group.root)
+        group.root = -1
+        self.queue.appendleft(self.groups.pop(group.number))
 
-    def _put_aside(self, group: Group) -> tuple[Group, Rows]:
+    def _put_aside(self, group: Group, drop: bool | None) -> tuple[Group, Rows]:
         mine = self.rows.group == group.number
         rows, self.rows = self.rows[mine], self.rows[~mine]
-        root = [group.root] * (group.root >= 0)
-        self.cache.suspend([*rows.branch.tolist(), *group.parked, *root], drop=True)
+        self.cache.suspend(self._held(group, rows), drop=drop)
         group.logits = group.hidden = None
         return group, rows
 
+    def _held(self, group: Group, rows: Rows) -> list[int]:
+        """Branches of a group that have pages."""
+        done = [done.branch for done in group.done] if self.strategy.keeps_pages else []
+        root = [group.root] * (group.root >= 0)
+        return list(dict.fromkeys([*rows.branch.tolist(), *group.parked, *done, *root]))
+
     def _leave_over(self) -> list[tuple[Group, Rows]]:
         """Groups that have not ended."""
-        left = [self._put_aside(g) for n, g in self.groups.items() if (self.rows.group == n).any()]
+        aside = {group.number for group, _ in self.aside}
+        left = [self._put_aside(g, drop=None) for n, g in self.groups.items() if n not in aside]
         return [*self.aside, *left, *((group, Rows.empty()) for group in self.queue)]
 
     def _too_small(self, error: OutOfPages) -> RuntimeError:
@@ -399,11 +480,11 @@ class Run:
         trees, first = [e.tree for e in ended], 0
         at, mask, group_ids = [], [], []
         for i, one in enumerate(ended):
-            for rows in one.at:
-                at.append(rows + first)
-                mask.append(np.arange(len(rows)) >= one.group.given)
-                group_ids.append(i)
+            at += [rows + first for rows in one.at]
+            mask += one.mask
+            group_ids += [i] * len(one.at)
             first += len(one.tree.tokens)
+        truncated = [done.truncated for one in ended for done in one.done]
         lengths = torch.tensor([len(rows) for rows in at], dtype=torch.int64)
         rows = torch.from_numpy(np.concatenate(at)) if at else lengths
 
@@ -417,11 +498,21 @@ class Run:
             tokens=of_tokens("tokens", torch.int64),
             cu_seqlens=offsets(lengths).to(device),
             logprob=of_tokens("logprob", torch.float32),
-            group_ids=torch.tensor(group_ids, device=device),
-            truncated=torch.tensor([d.truncated for e in ended for d in e.done], device=device),
+            group_ids=torch.tensor(group_ids, dtype=torch.int64, device=device),
+            truncated=torch.tensor(truncated, dtype=torch.bool, device=device),
             entropy=of_tokens("entropy", torch.float32),
             versions=of_tokens("versions", torch.int64),
             origin=first_place(rows).to(device),
             mask=torch.from_numpy(np.concatenate(mask)).to(device) if mask else None,
             prompt_ids=torch.tensor([e.group.number for e in ended], device=device),
         )
+
+
+def first_rows(at: list[np.ndarray], drawn_by: list[np.ndarray]) -> list[np.ndarray]:
+    """Rows of a tree where each draw has one: `fork(at=)` feeds a token again, as another node."""
+    if not at:
+        return at
+    lengths = [len(rows) for rows in at]
+    draws = [(s + 1) * max(lengths) + np.arange(len(s)) for s in drawn_by]
+    _, first, draw = np.unique(np.concatenate(draws), return_index=True, return_inverse=True)
+    return np.split(np.concatenate(at)[first][draw], np.cumsum(lengths)[:-1])

@@ -28,10 +28,29 @@ class Group:
     logits: Tensor | None = None  # [1, V] after the prompt, while samples are to be drawn from it
     hidden: Tensor | None = None  # [1, H], where a step has hidden states
     waiting: int = 0  # samples to draw from the prompt
-    streams: int = 0  # given to samples so far
+    # of each stream, the one that it was forked from, and how many response tokens they share; what
+    # lies before a stream -1 was given
+    lineage: list[tuple[int, int]] = field(default_factory=list)
     parked: list[int] = field(default_factory=list)  # branches that a strategy has stopped
     done: list[Done] = field(default_factory=list)
     notes: dict = field(default_factory=dict)  # of the strategy
+
+    @property
+    def begun(self) -> bool:
+        return self.root >= 0 or len(self.lineage) > 0
+
+    def drawn_by(self, stream: int, length: int) -> np.ndarray:
+        """int64 [length]: the stream that drew each of these response tokens; -1: given."""
+        owner = np.full(length, -1, np.int64)
+        while stream >= 0:
+            parent, shared = self.lineage[stream]
+            owner[shared:length] = stream
+            stream, length = parent, min(length, shared)
+        return owner
+
+    def stem(self) -> "Rows":
+        """The prompt, to fork it with `at`."""
+        return Rows(*(np.array([x]) for x in (self.root, self.number, -1, self.given, -1)))
 
 
 @dataclass
@@ -78,3 +97,4 @@ class Step:
     logprob: Tensor  # float32 [R]
     entropy: Tensor  # float32 [R], of softmax(logits / temperature)
     hidden: Tensor | None  # [R, H], where the strategy asks for it
+    temperature: Tensor | float  # float32 [R], where it differs

@@ -85,14 +85,14 @@ class Rollout(Section):
     max_new_tokens: Positive = 64
     temperature: Rate = 1.0
     max_sequences: Positive = 1024  # decoded at once
-    strategy: str = ""  # of rlkern.rollout.strategies; "": plain groups
+    strategy: str = "groups"  # of rlkern.rollout.strategies: latr, cure, ...
     strategy_options: dict[str, Any] = {}  # arguments of its class
     save: bool = False  # to <run>/rollouts
     replay: str = ""  # such a folder: train from it, without an engine
 
     def build_strategy(self) -> Strategy:
         if self.strategy not in STRATEGIES:
-            known = ", ".join(sorted(filter(None, STRATEGIES)))
+            known = ", ".join(STRATEGIES)
             raise ValueError(f"strategy: expected one of {known}, got {self.strategy!r}")
         return STRATEGIES[self.strategy](**self.strategy_options)
 
@@ -102,7 +102,7 @@ class Rollout(Section):
             self.build_strategy()
         except TypeError as error:
             raise ValueError(f"strategy_options: {error}") from error
-        if self.strategy and self.explore > 1:
+        if self.strategy != "groups" and self.explore > 1:
             raise ValueError(f"explore = {self.explore} is for plain groups, not {self.strategy}")
         return self
 

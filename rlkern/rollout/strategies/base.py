@@ -18,18 +18,22 @@ class Strategy:
     what it must remember of a group in `group.notes`.
     """
 
-    greedy: bool | None = None  # None: as `generate` was asked
     needs_hidden = False  # Step.hidden is there
     keeps_pages = False  # sequences that have ended can be forked until their group is done
     keeps_root = False  # `spawn` may be called until the group is done
     acts_on_steps = False  # on_logits and on_step are called
+    # samples of a prompt begin at the same step, though they may be more than max_sequences: where
+    # a strategy compares branches, or forks them before all have begun
+    together = False
+    num_groups: int | None = None  # to return; the others go on in the next call. None: all
+    training_step = 0  # for schedules: whoever calls `generate` sets it
 
     def begin(self, group_size: int) -> None:
         """A call of `generate` begins."""
         self.group_size = group_size
 
     def rows(self, group_size: int) -> int:
-        """How many branches of a group there are at once, at most."""
+        """How many branches of a group have pages at once, at most."""
         return group_size
 
     def first(self, group: Group) -> int:
@@ -44,6 +48,10 @@ class Strategy:
         """Of the draws that make responses of length + 1 tokens."""
         return temperature
 
+    def greedy(self, run: Run, rows: Rows, greedy: bool) -> np.ndarray | bool:
+        """Which rows take the most likely token instead of a draw."""
+        return greedy
+
     def on_logits(self, run: Run, step: Step) -> None:
         """Tokens are drawn and not appended yet: forks with `forced` tokens stand beside them."""
 
@@ -51,7 +59,7 @@ class Strategy:
         """The drawn tokens are appended; `run.rows` are the branches."""
 
     def on_finish(self, run: Run, group: Group, done: Done) -> None:
-        """A sequence has ended."""
+        """A sequence has ended; without keeps_pages this is the last moment to fork it."""
 
     def on_group_done(self, run: Run, group: Group) -> None:
         """No branch of the group is left: fork or spawn, or it ends."""
@@ -59,23 +67,3 @@ class Strategy:
     def select(self, group: Group) -> list[Done]:
         """The sequences that are returned, of those of a group that has ended."""
         return sorted(group.done, key=lambda done: done.stream)
-
-    # For strategies that carry groups over from one call to the next.
-
-    def enough(self, ended: int) -> bool:
-        """Whether to stop after this many groups."""
-        return False
-
-    def num_prompts(self, new: int) -> int:
-        """The number of the first of this call's prompts."""
-        return 0
-
-    def take_kept(self) -> list[tuple[Group, Rows]]:
-        """What `keep` was given by the call before."""
-        return []
-
-    def keep(self, groups: list[tuple[Group, Rows]]) -> None:
-        """What a call that had enough leaves over: their branches are suspended."""
-
-    def kept_numbers(self) -> set[int]:
-        return set()
