@@ -27,6 +27,15 @@ class TokenBatch:
     cu_seqlens: Tensor  # int64 [s + 1]
     paths: Tensor | None = None  # int64 [T], targets of the sequences, which may share them
 
+    @property
+    def place(self) -> Tensor:
+        """int64 [t], the place of each target in its response, from 0."""
+        place = torch.arange(int(self.cu_seqlens[-1]), device=self.targets.device)
+        place = place - torch.repeat_interleave(self.cu_seqlens[:-1], self.cu_seqlens.diff())
+        if self.paths is None:
+            return place
+        return torch.zeros_like(self.targets).index_copy(0, self.paths, place)
+
     def only(self, mask: Tensor) -> "TokenBatch":
         """Without the response tokens that mask [T] leaves out: read, but not trained."""
         paths = torch.arange(len(mask), device=mask.device) if self.paths is None else self.paths

@@ -1,16 +1,19 @@
 """The typed configuration: TOML recipe, then `--section.key value`, then checks."""
 
 import difflib
+import inspect
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
 
 import rlkern
 from rlkern.rollout.strategies import STRATEGIES, Strategy
-from rlkern.train import TrainError
+from rlkern.train import TrainError, load_function
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -90,16 +93,22 @@ class Rollout(Section):
     save: bool = False  # to <run>/rollouts
     replay: str = ""  # such a folder: train from it, without an engine
 
-    def build_strategy(self) -> Strategy:
+    def build_strategy(self, reward: Callable[[int, Tensor], float]) -> Strategy:
+        """reward: of a response to a prompt, by its number, for strategies that look at it."""
         if self.strategy not in STRATEGIES:
             known = ", ".join(STRATEGIES)
             raise ValueError(f"strategy: expected one of {known}, got {self.strategy!r}")
-        return STRATEGIES[self.strategy](**self.strategy_options)
+        kind, options = STRATEGIES[self.strategy], dict(self.strategy_options)
+        if "reward" in inspect.signature(kind).parameters:
+            options["reward"] = reward
+        for name in options.keys() & {"quality", "traces", "potential"}:
+            options[name] = load_function(f"rollout.strategy_options.{name}", options[name])
+        return kind(**options)
 
     @model_validator(mode="after")
     def _known(self) -> "Rollout":
         try:
-            self.build_strategy()
+            self.build_strategy(lambda number, tokens: 0.0)
         except TypeError as error:
             raise ValueError(f"strategy_options: {error}") from error
         if self.strategy != "groups" and self.explore > 1:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import rlkern
 from rlkern.rollout import Rollouts, most_contrastive
+from rlkern.rollout.strategies import Strategy
 from rlkern.train import TrainError
 from rlkern.train import checkpoint as ckpt
 from rlkern.train.batch import TokenBatch, collate, collate_shared, response_logprobs
@@ -27,7 +28,7 @@ from rlkern.train.diagnose import diagnose_step, diagnose_warmup, nonfinite
 from rlkern.train.log import RunLog
 from rlkern.train.model import encode_prompt, end_tokens, load_model
 from rlkern.train.precision import RolloutPolicy, mismatch
-from rlkern.train.rewards import judge, load_reward
+from rlkern.train.rewards import judge, load_reward, score
 from rlkern.train.tasks import Example
 from rlkern.train.trees import widest
 
@@ -50,7 +51,8 @@ class Trainer:
         self.end_tokens = end_tokens(self.model, self.tokenizer)
         self.sampler = RolloutPolicy(cfg, self.model, self.end_tokens)
         self.objective, self.reference = cfg.objective(), None
-        self.strategy = cfg.rollout.build_strategy()
+        self.strategy = cfg.rollout.build_strategy(self.reward_of)
+        self.asked: dict[int, Example] = {}  # by Rollouts.prompt_ids
         self.optimizer = self.new_optimizer()
         if checkpoint:
             ckpt.restore_trainer(checkpoint, self.optimizer)
@@ -116,7 +118,7 @@ class Trainer:
         """Rollouts and rewards, advantages, old log-probs, minibatch updates."""
         cfg = self.cfg
         start = time.perf_counter()
-        synced = self.sampler.refresh()
+        synced = self.sampler.refresh(self.step)
         rollouts, rewards, told = self.collect()
         sampled = time.perf_counter()
         kind = cfg.algorithm.advantage
@@ -157,8 +159,10 @@ class Trainer:
         """-> rollouts and float32 rewards [S], sampled or replayed; and what sampling took."""
         cfg = self.cfg.rollout
         name = f"step_{self.step:06d}.safetensors"
-        examples = batch_at(self.train_set, self.cursor, cfg.prompts, self.cfg.run.seed)
-        self.cursor += cfg.prompts
+        # prompts that are half done count among those of a step
+        count = max(0, cfg.prompts - len(self.sampler.engine.kept.groups))
+        examples = batch_at(self.train_set, self.cursor, count, self.cfg.run.seed)
+        self.cursor += count
         if cfg.replay:
             try:
                 rollouts, extra = Rollouts.load(Path(cfg.replay) / name, self.device)
@@ -201,7 +205,16 @@ class Trainer:
 
     def score(self, model: Any, batch: TokenBatch) -> rlkern.LogprobOutput:
         temperature, unified = self.cfg.rollout.temperature, self.cfg.precision == "fp8-unified"
+        if type(self.strategy).temperature is not Strategy.temperature:
+            at = self.strategy.temperature(batch.place.cpu().numpy(), temperature)
+            temperature = torch.from_numpy(at).to(batch.place.device, torch.float32)
         return response_logprobs(model, batch, temperature, batch_invariant=unified)
+
+    def reward_of(self, number: int, tokens: Tensor) -> float:
+        """Of a response to a prompt that this step has asked, for strategies that look at it."""
+        example = self.asked[number]
+        text = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        return score(self.reward, example.prompt, text, example.answer)
 
     def update(
         self,
@@ -290,7 +303,12 @@ class Trainer:
         """-> rollouts, and {prompt, completion, answer, reward} of each sequence."""
         cfg = self.cfg.rollout
         # what a run leaves is the trainer's policy: that is what is judged
-        engine = self.sampler.engine if purpose == "rollout" else self.sampler.of_trainer
+        trains = purpose == "rollout"
+        engine = self.sampler.engine if trains else self.sampler.of_trainer
+        if trains:
+            self.strategy.training_step = self.step
+            first = engine.kept.count if self.strategy.num_groups is not None else 0
+            self.asked |= dict(enumerate(examples, first))
         try:
             rollouts = engine.generate(
                 [self.encode(example.prompt) for example in examples],
@@ -298,11 +316,13 @@ class Trainer:
                 max_new_tokens=cfg.max_new_tokens,
                 temperature=cfg.temperature,
                 greedy=greedy,
-                strategy=self.strategy if purpose == "rollout" else None,
+                strategy=self.strategy if trains else None,
                 generator=self.generator(purpose, self.device),
             )
         except ValueError as error:  # a prompt that is empty, or too long for the model
             raise TrainError(f"step {self.step}: {error}") from error
+        if trains and rollouts.prompt_ids is not None:
+            examples = [self.asked.pop(number) for number in rollouts.prompt_ids.tolist()]
         return rollouts, judge(rollouts, examples, self.tokenizer, self.reward)
 
     def evaluate(self) -> None:

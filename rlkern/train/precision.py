@@ -35,10 +35,13 @@ class RolloutPolicy:
             quantize_model(model, recipe, trains=True)
             how["score"] = scorer(sampler)
         self.of_trainer = NativeEngine(model, **how)
-        self.engine = self.of_trainer if sampler is model else NativeEngine(sampler, **how)
+        # groups that a step leaves half done are not for an evaluation to complete
+        apart = sampler is not model or cfg.rollout.strategy == "april"
+        self.engine = NativeEngine(sampler, **how) if apart else self.of_trainer
 
-    def refresh(self) -> dict[str, float]:
+    def refresh(self, step: int) -> dict[str, float]:
         """Brings the sampler up to date -> the share of code bytes that moved, and the seconds."""
+        self.engine.bump_version(step)
         if self.sync is None:
             return {}
         start = time.perf_counter()

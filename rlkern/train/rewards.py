@@ -3,12 +3,11 @@
 import importlib
 import math
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from rlkern.rollout import Rollouts
-from rlkern.train import TrainError
+from rlkern.train import TrainError, load_function
 from rlkern.train.tasks import Example
 
 Reward = Callable[[Any, str, Any], float]
@@ -65,16 +64,10 @@ def load_reward(name: str) -> Reward:
             ) from error
     if name in BUILT_IN:
         return BUILT_IN[name]
-    module, _, function = name.partition(":")
-    if not function:
+    if ":" not in name:
         known = ", ".join(BUILT_IN)
         raise TrainError(f"reward: expected one of {known} or module:function, got {name!r}")
-    if "" not in sys.path:  # a module in the current folder, also from the installed script
-        sys.path.insert(0, "")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise TrainError(f"reward: {name!r} could not be loaded: {error}") from error
+    return load_function("reward", name)
 
 
 def score(reward: Reward, prompt: Any, completion: str, answer: Any) -> float:

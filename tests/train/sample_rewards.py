@@ -28,3 +28,8 @@ def nan(prompt, completion, answer):
 
 def text(prompt, completion, answer):
     return "high"
+
+
+def trace(number, prompt):
+    """For PrefixRL: response tokens that somebody else is said to have given."""
+    return prompt[:3]

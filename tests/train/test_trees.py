@@ -75,15 +75,22 @@ def test_a_signal_is_a_group_whose_rewards_differ():
 def test_bad_strategies_are_refused():
     for rollout, message in (
         ({"strategy": "oak"}, "strategy: expected one of .*, got 'oak'"),
-        ({"strategy_options": {"leaves": 3}}, "strategy_options: Strategy.. takes no arguments"),
+        ({"strategy_options": {"leaves": 3}}, "strategy_options: .*argument"),
     ):
         with pytest.raises(TrainError, match=message):
             build_config({"data": {"task": "sort"}, "rollout": rollout}, {}, "test")
 
 
-@pytest.mark.parametrize("strategy", ["latr", "cure"])
+TREES = {
+    "latr": {"ages": [2], "tau_abs": 0.01, "tau_rel": 0.9},
+    "cure": {"num_first": 2, "num_regenerated": 1},
+}
+
+
+@pytest.mark.parametrize("strategy", TREES)
 def test_a_run_with_trees(tmp_path, strategy):
     changes = {"rollout__strategy": strategy, "optim__share_prefix": "true", "run__steps": 3}
+    changes |= {f"rollout__strategy_options.{k}": str(v) for k, v in TREES[strategy].items()}
     assert cli.main(arguments(tmp_path, **changes)) == 0
     records = [r for r in metrics(tmp_path) if r["phase"] == "rl"]
     for record in records:
@@ -92,3 +99,31 @@ def test_a_run_with_trees(tmp_path, strategy):
         assert record["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
     assert read_lines(tmp_path / "trees.jsonl")
     assert "<h2>Trees</h2>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("ead", {"hold": 1, "d_first": 2.0}),
+        ("reinforce_ada", {"round_size": 4, "max_rounds": 2}),
+        ("power_smc", {"num_particles": 4, "every": 2}),
+        ("prefix_rl", {"traces": "sample_rewards:trace", "lengths": [1]}),
+    ],
+)
+def test_a_run_with_another_strategy(tmp_path, strategy, options):
+    """Log-probs of sampler and trainer agree: temperatures, given tokens and all."""
+    changes = {"rollout__strategy": strategy, "run__steps": 2}
+    changes |= {f"rollout__strategy_options.{k}": v for k, v in options.items()}
+    assert cli.main(arguments(tmp_path, **changes)) == 0
+    for record in (r for r in metrics(tmp_path) if r["phase"] == "rl"):
+        assert record["logprob_gap/max"] < 1e-4
+        assert record["policy/ratio_max"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_april_goes_on_with_what_a_step_has_left(tmp_path):
+    changes = {"rollout__strategy": "april", "rollout__strategy_options.num_groups": 2}
+    changes |= {"run__steps": 4, "eval__every": 1, "algorithm__objective": "minpro"}
+    assert cli.main(arguments(tmp_path, **changes)) == 0
+    records = [r for r in metrics(tmp_path) if r["phase"] == "rl"]
+    assert len(records) == 4
+    assert all(record["completion/tokens"] > 0 for record in records)
