@@ -54,14 +54,14 @@ def along_tree(subtree_end: Tensor | None, cu_seqlens: Tensor | None = None) -> 
     return attend
 
 
-def as_decoded(pack: TreePack) -> Attend:
+def as_decoded(pack: TreePack, chunk: int | None = None) -> Attend:
     """The same with the bits of decoding: each row adds up its path in the chunks of a cache.
 
     Along the tree the keys of one row are cut where its pack is, which is not where a cache of its
-    path alone would be cut; `tree_attention` cuts every path alike. The backward is that of
-    `shared_prefix_attention`.
+    path alone would be cut; `tree_attention` cuts every path alike, at multiples of `chunk`. The
+    backward is that of `shared_prefix_attention`.
     """
-    plan = plan_of(pack)
+    plan = plan_of(pack, chunk)
 
     def attend(layer, query, key, value, scale, softcap):
         tree = pack.subtree_end, pack.cu_seqlens

@@ -139,15 +139,16 @@ def tree_advantages(
     return tuple(zero.index_add(0, pack.paths, x) for x in terms)
 
 
-def plan_of(pack: TreePack) -> TreePlan:
+def plan_of(pack: TreePack, chunk: int | None = None) -> TreePlan:
     """The plan by which `tree_attention` reads the pack, its keys and values as pages of one token.
 
-    A row of the batch is a row of the pack; slots are rows of the pack.
+    A row of the batch is a row of the pack; slots are rows of the pack. chunk: of the cache whose
+    bits are wanted.
     """
     tokens, device = len(pack.ids), pack.ids.device
     tree = TreeKVCache(
         num_layers=1, num_kv_heads=1, head_dim=1, num_pages=max(1, tokens), page_size=1,
-        chunk=default_chunk(device),
+        chunk=chunk or default_chunk(device),
     )  # fmt: skip
     before, positions = pack.pred_row.cpu().numpy(), pack.positions.cpu().numpy()
     begins = np.flatnonzero((before != np.arange(tokens) - 1) | (np.arange(tokens) == 0))

@@ -34,6 +34,8 @@ class NativeEngine:
             Where a step finds too little room, the group that began last is put aside, and computed
             again later: with the same result.
         page_size: tokens of a page of the cache.
+        chunk: tokens that attention reads at once, and shares or does not; see TreeKVCache. Results
+            depend on it in their last bits.
         stale: what becomes of cached tokens of older weights, see TreeKVCache. It matters where a
             strategy keeps branches from one call to the next.
         share: False reads shared tokens once for each branch, with the same bits.
@@ -51,6 +53,7 @@ class NativeEngine:
         max_sequences: int = 512,
         max_cached_tokens: int | None = None,
         page_size: int = 16,
+        chunk: int | None = None,
         stale: str = "recompute",
         share: bool = True,
         direct: bool = True,
@@ -64,7 +67,7 @@ class NativeEngine:
         self.eos = np.asarray(list(eos_token_ids))
         self.max_sequences = max_sequences
         self.max_cached_tokens = max_cached_tokens
-        self.page_size, self.stale, self.share = page_size, stale, share
+        self.page_size, self.chunk, self.stale, self.share = page_size, chunk, stale, share
         self.direct, self.score = direct, score
         self.cache: TreeKVCache | None = None
         self.version = 0
@@ -171,6 +174,7 @@ class NativeEngine:
             dtype=self.model.dtype,
             device=self.model.device,
             stale=self.stale,
+            chunk=self.chunk,
         )
         self.cache.bump_version(self.version)
 

@@ -56,21 +56,23 @@ def collate(prompts: list[Tensor], responses: list[Tensor]) -> TokenBatch:
     return TokenBatch(inputs, is_row.flatten().nonzero()[:, 0], torch.cat(responses), cu_seqlens)
 
 
-def collate_shared(rollouts: Rollouts, rows: list[int], as_decoded: bool = False) -> TokenBatch:
+def collate_shared(
+    rollouts: Rollouts, rows: list[int], chunk: int | None = None, as_decoded: bool = False
+) -> TokenBatch:
     """These of its sequences, in this order, in one row: those of one prompt share it.
 
-    as_decoded: with the bits that the engine gets.
+    as_decoded: with the bits that an engine of this `chunk` gets.
     """
     picked = rollouts.select(torch.tensor(rows, device=rollouts.group_ids.device))
     prompts = (picked.prompt_tokens, picked.prompt_cu_seqlens)
     pack = kv.group_pack(*prompts, picked.tokens, picked.cu_seqlens, picked.group_ids)
-    return along_tree(pack, as_decoded)
+    return along_tree(pack, chunk, as_decoded)
 
 
-def along_tree(pack: kv.TreePack, as_decoded: bool = False) -> TokenBatch:
+def along_tree(pack: kv.TreePack, chunk: int | None = None, as_decoded: bool = False) -> TokenBatch:
     """A pack as the model reads it, which `hf.install` has prepared."""
     tree = pack.subtree_end, pack.cu_seqlens
-    attend = hf.as_decoded(pack) if as_decoded else hf.along_tree(*tree)
+    attend = hf.as_decoded(pack, chunk) if as_decoded else hf.along_tree(*tree)
     inputs = {"input_ids": pack.ids[None], "position_ids": pack.positions[None]}
     return TokenBatch(
         inputs | hf.attending(attend),

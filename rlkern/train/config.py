@@ -88,6 +88,7 @@ class Rollout(Section):
     max_new_tokens: Positive = 64
     temperature: Rate = 1.0
     max_sequences: Positive = 1024  # decoded at once
+    chunk: Positive | None = None  # tokens that attention shares or does not; None: the engine's
     strategy: str = "groups"  # of rlkern.rollout.strategies: latr, cure, ...
     strategy_options: dict[str, Any] = {}  # arguments of its class
     save: bool = False  # to <run>/rollouts

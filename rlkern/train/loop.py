@@ -194,7 +194,8 @@ class Trainer:
     def batch(self, rollouts: Rollouts, rows: list[int]) -> TokenBatch:
         """These sequences as the model reads them."""
         if self.cfg.trains_on_trees:
-            batch = collate_shared(rollouts, rows, self.cfg.precision == "fp8-unified")
+            how = self.cfg.rollout.chunk, self.cfg.precision == "fp8-unified"
+            batch = collate_shared(rollouts, rows, *how)
         else:
             prompts, responses = rollouts.prompts(), rollouts.responses()
             batch = collate([prompts[i] for i in rows], [responses[i] for i in rows])

@@ -26,7 +26,7 @@ class RolloutPolicy:
     def __init__(self, cfg: Config, model: Any, end_tokens: list[int]) -> None:
         self.model, self.sync, sampler = model, None, model
         how = {"eos_token_ids": end_tokens}
-        how["max_sequences"] = cfg.rollout.max_sequences
+        how |= {"max_sequences": cfg.rollout.max_sequences, "chunk": cfg.rollout.chunk}
         if cfg.precision != "bf16":
             recipe = RECIPES[cfg.precision]
             sampler = quantize_model(copy.deepcopy(model), recipe).requires_grad_(False).eval()

@@ -26,10 +26,11 @@ def rl(folder):
     return [r for r in metrics(folder) if r["phase"] == "rl"]
 
 
-@pytest.mark.parametrize("task", ["sort", "sort_distinct"])
-def test_unified_log_probs_are_equal_in_bits(tmp_path, task):
-    """Also with prompts of unequal length, padded on one side by the engine, not by the trainer."""
+@pytest.mark.parametrize(("task", "chunk"), [("sort", 64), ("sort_distinct", 4)])
+def test_unified_log_probs_are_equal_in_bits(tmp_path, task, chunk):
+    """Also with prompts of unequal length, and with paths of several chunks."""
     changes = {"precision": "fp8-unified", "data__task": task, "model__layers": 2}
+    changes |= {"rollout__chunk": chunk}
     changes |= {"run__threads": 2, "rollout__prompts": 8}
     assert cli.main(arguments(tmp_path / "run", **FAST, **changes)) == 0
     records = rl(tmp_path / "run")

@@ -90,6 +90,7 @@ TREES = {
 @pytest.mark.parametrize("strategy", TREES)
 def test_a_run_with_trees(tmp_path, strategy):
     changes = {"rollout__strategy": strategy, "optim__share_prefix": "true", "run__steps": 3}
+    changes |= {"rollout__chunk": 2}
     changes |= {f"rollout__strategy_options.{k}": str(v) for k, v in TREES[strategy].items()}
     assert cli.main(arguments(tmp_path, **changes)) == 0
     records = [r for r in metrics(tmp_path) if r["phase"] == "rl"]
