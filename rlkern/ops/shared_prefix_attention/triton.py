@@ -319,14 +319,15 @@ def _constants(q: Tensor, k: Tensor, softcap: float) -> dict:
     width = q.shape[2]
     block_d = max(16, triton.next_power_of_2(width))
     # rows that are not aligned take an address register for each element, a soft cap two values
-    small = block_d * q.element_size() > 256 or width % 16 or softcap > 0
+    row_bytes, wide = block_d * q.element_size(), q.element_size() > 2
+    small = row_bytes > (128 if wide else 256) or width % 16 or softcap > 0
     constants = {
         "GROUP": q.shape[1] // k.shape[1],
         "WIDTH": width,
         "HAS_CAP": softcap > 0,
-        "BLOCK": 32 if small else 64,
+        "BLOCK": 16 if row_bytes > 512 else 32 if small else 64,
         "BLOCK_D": block_d,
-        "num_warps": max(2, block_d // 64) if small else 8,
+        "num_warps": min(8, max(2, block_d // (16 if wide else 64))) if small else 8,
         "num_stages": 2,
     }
     return constants
