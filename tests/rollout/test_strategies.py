@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+import rlkern
 from rlkern.rollout import NativeEngine, Rollouts
 from rlkern.rollout.run import Run
 from rlkern.rollout.state import Rows
@@ -173,10 +174,26 @@ def test_what_comes_out_is_what_the_model_says(model, name):
     assert rollouts.group_ids.unique().tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["ead", "latr"])
+@pytest.mark.parametrize("direct", [True, False])
+def test_log_probs_of_a_scorer(model, name, direct):
+    seen = []
+
+    def score(hidden, tokens, temperature):
+        seen.append(len(tokens))
+        weight = model.get_output_embeddings().weight
+        return rlkern.linear_logprob(hidden, weight, tokens, temperature=temperature).logprob
+
+    got = run(engine(model, score=score, direct=direct), strategies()[name]())
+    want = run(engine(model), strategies()[name]())
+    assert torch.equal(got.tokens, want.tokens)
+    assert seen
+    torch.testing.assert_close(got.logprob, want.logprob, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", list(strategies()))
-@pytest.mark.parametrize("options", [{"max_sequences": 1}, {"max_sequences": 3}])
-def test_what_is_decoded_together_changes_nothing(model, name, options):
-    want, one = run(engine(model), strategies()[name]()), engine(model, **options)
+def test_what_is_decoded_together_changes_nothing(model, name):
+    want, one = run(engine(model), strategies()[name]()), engine(model, max_sequences=3)
     got = run(one, strategies()[name]())
     for field in ("tokens", "cu_seqlens", "group_ids", "origin", "mask", "truncated"):
         assert torch.equal(getattr(want, field), getattr(got, field)), field
@@ -577,15 +594,15 @@ def test_arrol_leaves_what_has_ended():
 # SMC
 
 
-@pytest.mark.parametrize("every", [1, 2, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_power_smc_samples_the_power_of_the_policy(every, temperature):
+@pytest.mark.parametrize(("every", "ramp"), [(1, 3), (2, 6), (100, 3), (100, 6)])
+def test_power_smc_samples_the_power_of_the_policy(every, ramp, temperature):
     # short ones end early: they take part, and their weights rise with the ramp
     table = {8: {2: 0.6, 3: 0.4}, 2: {EOS: 0.5, 4: 0.5}, 3: {EOS: 0.9, 4: 0.1}, 4: {5: 0.7, 6: 0.3}}
     p = {(2, EOS): 0.3, (2, 4, 5, EOS): 0.21, (2, 4, 6, EOS): 0.09}
     p |= {(3, EOS): 0.36, (3, 4, 5, EOS): 0.028, (3, 4, 6, EOS): 0.012}
     total = sum(x**2 for x in p.values())
-    strategy = PowerSMC(num_particles=600, every=every, ramp=3, min_ess=0.99)
+    strategy = PowerSMC(num_particles=600, every=every, ramp=ramp, min_ess=0.99)
     one = engine(chain(table))
     rollouts = run(one, strategy, [[8]] * 4, group_size=600, temperature=temperature)
     words = [tuple(word) for word in texts(rollouts)]
@@ -617,10 +634,13 @@ def test_smc_keeps_what_its_potential_likes():
 @pytest.mark.parametrize("every", [1, 2, 100])
 def test_smc_samples_its_target(every):
     # 3 ends at once; what begins with 2 and goes on to 4 is three times as good
-    model = chain({8: {2: 0.5, 3: 0.5}, 2: {4: 0.5, 5: 0.5}, 4: {6: 1.0}, 5: {6: 1.0}})
+    table = {8: {2: 0.4, 3: 0.4, 7: 0.2}, 2: {4: 0.5, 5: 0.5}, 4: {6: 1.0}, 5: {6: 1.0}}
+    model = chain(table | {7: {7: 1.0}})
 
     def potential(number, tokens):
         asked.append(tokens.tolist())
+        if tokens[0] == 7:
+            return -math.inf
         return math.log(3) if tokens.tolist()[:2] == [2, 4] else 0.0
 
     asked = []
