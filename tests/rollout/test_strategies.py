@@ -1,5 +1,6 @@
 """What each strategy chooses, on a model whose next-token probabilities are written down."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -386,6 +387,13 @@ def test_tree_rl_forks_at_the_least_likely_tokens(model):
         got = [child for child in first if shared(child, parts[:6])[1] == -i]
         assert sorted(shared(child, parts[:6])[0] for child in got) == sorted(2 * want)
     assert len(second) == 24
+    # no place serves twice
+    places = [set(), set()]
+    for used, children, parents in ((0, first, parts[:6]), (1, second, parts[:30])):
+        for child in children:
+            places[used].add(tuple(child[: shared(child, parents)[0]]))
+    assert len(places[0]) == len(places[1]) == 12
+    assert not places[0] & places[1]
     default = run(engine(model), TreeRL(), [[5, 6]], group_size=16, max_new_tokens=8)
     assert len(default.lengths) == 16
 
@@ -655,7 +663,7 @@ def test_smc_samples_its_target(every):
 # DeepSearch
 
 
-def search(model, reward, **options):
+def search(model, reward, seed=0, max_new_tokens=6, **options):
     strategy = DeepSearch(reward, **{"segment": 2, "width": 3, "num_terminals": 4} | options)
     groups = []
 
@@ -665,7 +673,7 @@ def search(model, reward, **options):
 
     strategy.select = select
     one = engine(model)
-    rollouts = run(one, strategy, [[8]], max_new_tokens=6)
+    rollouts = run(one, strategy, [[8]], seed, max_new_tokens=max_new_tokens)
     assert is_empty(one)
     check(model, rollouts)
     return rollouts, groups[0].notes["nodes"]
@@ -703,6 +711,39 @@ def test_deepsearch_returns_right_answers_first_and_respects_depth():
     assert all(node.depth == 2 for node in nodes[9:17])
     _, shallow = search(chain({8: {2: 1.0}, 2: {2: 1.0}}), reward, max_depth=1)
     assert len(shallow) == 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_deepsearch_replayed(seed):
+    """What is expanded next, from the nodes that there were."""
+    table = {8: {3: 1.0}, 3: {3: 0.6, 4: 0.4}, 4: {EOS: 1.0}}
+    _, nodes = search(chain(table), lambda *_: 0.0, seed=seed, num_terminals=12, max_new_tokens=9)
+    order = list(dict.fromkeys(node.parent for node in nodes[1:]))
+    q, is_open, frontiers = {0: 0.0}, set(), 0
+
+    def score(i):
+        return 0.4 * math.tanh(q[nodes[i].parent]) + 0.01 * math.sqrt(nodes[i].depth / 64)
+
+    for now, then in itertools.pairwise(order):
+        new = [i for i, node in enumerate(nodes) if node.parent == now]
+        is_open -= {now}
+        for i in new:
+            q[i] = 0.0
+            if not nodes[i].is_terminal:
+                is_open.add(i)
+                continue
+            path = [i]
+            while nodes[path[-1]].parent >= 0:
+                path.append(nodes[path[-1]].parent)
+            for place, one in enumerate(reversed(path)):
+                q[one] -= max((place + 1) / len(path), 0.1)
+        local = [i for i in new if i in is_open]
+        if len(local) == len(new):
+            assert then == local[0]
+        else:
+            assert then == max(sorted(is_open), key=score)
+            frontiers += bool(local) and then not in local
+    assert frontiers  # was chosen where new nodes were open, too
 
 
 # The engine under strategies
@@ -792,6 +833,21 @@ def test_a_group_may_end_without_sequences(model):
     assert is_empty(one)
 
 
+def test_what_on_finish_prunes_is_gone():
+    finished = []
+
+    class KeepsOne(Strategy):
+        def on_finish(self, run, group, done):
+            finished.append(done.stream)
+            run.prune([other.branch for other in group.done if other is not done])
+
+    one = engine(chain({8: {2: 1.0}}))
+    rollouts = run(one, KeepsOne(), [[8]])  # all end at the same step
+    assert finished == [0]
+    assert texts(rollouts) == [[2, EOS]]
+    assert is_empty(one)
+
+
 def test_forks_before_tokens_are_appended_need_a_token(model):
     class Forks(Strategy):
         acts_on_steps = True
@@ -833,6 +889,27 @@ def test_groups_are_put_aside_with_all_that_they_hold(model, monkeypatch):
         assert aside, name
         assert is_empty(one)
     assert any(waiting)
+
+
+@pytest.mark.parametrize("name", ["groups", "cure"])
+def test_a_cache_for_one_group_is_enough_for_many(name):
+    model = chain({8: {2: 1.0}, 2: {3: 0.5, 4: 0.5}, 3: {6: 1.0}, 4: {6: 1.0}, 6: {6: 1.0}})
+
+    def smallest(prompts):
+        for tokens in range(16, 400, 4):
+            one = engine(model, max_cached_tokens=tokens, max_sequences=4 * len(prompts))
+            try:
+                rollouts = run(one, strategies()[name](), prompts, max_new_tokens=20)
+            except RuntimeError:
+                continue
+            assert is_empty(one)
+            return tokens, len(rollouts.lengths)
+
+    tokens, sequences = smallest([[8]])
+    many, of_many = smallest([[8]] * 5)
+    # what was put aside does not go on in its prompt's last page: one page more
+    assert many <= tokens + 4
+    assert of_many == 5 * sequences
 
 
 def test_optional_fields_are_selected_saved_and_loaded(model, tmp_path):
