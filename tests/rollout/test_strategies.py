@@ -1,5 +1,6 @@
 """What each strategy chooses, on a model whose next-token probabilities are written down."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+import rlkern
 from rlkern.rollout import NativeEngine, Rollouts
 from rlkern.rollout.run import Run
 from rlkern.rollout.state import Rows
@@ -173,10 +175,26 @@ def test_what_comes_out_is_what_the_model_says(model, name):
     assert rollouts.group_ids.unique().tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["ead", "latr"])
+@pytest.mark.parametrize("direct", [True, False])
+def test_log_probs_of_a_scorer(model, name, direct):
+    seen = []
+
+    def score(hidden, tokens, temperature):
+        seen.append(len(tokens))
+        weight = model.get_output_embeddings().weight
+        return rlkern.linear_logprob(hidden, weight, tokens, temperature=temperature).logprob
+
+    got = run(engine(model, score=score, direct=direct), strategies()[name]())
+    want = run(engine(model), strategies()[name]())
+    assert torch.equal(got.tokens, want.tokens)
+    assert seen
+    torch.testing.assert_close(got.logprob, want.logprob, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", list(strategies()))
-@pytest.mark.parametrize("options", [{"max_sequences": 1}, {"max_sequences": 3}])
-def test_what_is_decoded_together_changes_nothing(model, name, options):
-    want, one = run(engine(model), strategies()[name]()), engine(model, **options)
+def test_what_is_decoded_together_changes_nothing(model, name):
+    want, one = run(engine(model), strategies()[name]()), engine(model, max_sequences=3)
     got = run(one, strategies()[name]())
     for field in ("tokens", "cu_seqlens", "group_ids", "origin", "mask", "truncated"):
         assert torch.equal(getattr(want, field), getattr(got, field)), field
@@ -369,6 +387,13 @@ def test_tree_rl_forks_at_the_least_likely_tokens(model):
         got = [child for child in first if shared(child, parts[:6])[1] == -i]
         assert sorted(shared(child, parts[:6])[0] for child in got) == sorted(2 * want)
     assert len(second) == 24
+    # no place serves twice
+    places = [set(), set()]
+    for used, children, parents in ((0, first, parts[:6]), (1, second, parts[:30])):
+        for child in children:
+            places[used].add(tuple(child[: shared(child, parents)[0]]))
+    assert len(places[0]) == len(places[1]) == 12
+    assert not places[0] & places[1]
     default = run(engine(model), TreeRL(), [[5, 6]], group_size=16, max_new_tokens=8)
     assert len(default.lengths) == 16
 
@@ -577,15 +602,15 @@ def test_arrol_leaves_what_has_ended():
 # SMC
 
 
-@pytest.mark.parametrize("every", [1, 2, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_power_smc_samples_the_power_of_the_policy(every, temperature):
+@pytest.mark.parametrize(("every", "ramp"), [(1, 3), (2, 6), (100, 3), (100, 6)])
+def test_power_smc_samples_the_power_of_the_policy(every, ramp, temperature):
     # short ones end early: they take part, and their weights rise with the ramp
     table = {8: {2: 0.6, 3: 0.4}, 2: {EOS: 0.5, 4: 0.5}, 3: {EOS: 0.9, 4: 0.1}, 4: {5: 0.7, 6: 0.3}}
     p = {(2, EOS): 0.3, (2, 4, 5, EOS): 0.21, (2, 4, 6, EOS): 0.09}
     p |= {(3, EOS): 0.36, (3, 4, 5, EOS): 0.028, (3, 4, 6, EOS): 0.012}
     total = sum(x**2 for x in p.values())
-    strategy = PowerSMC(num_particles=600, every=every, ramp=3, min_ess=0.99)
+    strategy = PowerSMC(num_particles=600, every=every, ramp=ramp, min_ess=0.99)
     one = engine(chain(table))
     rollouts = run(one, strategy, [[8]] * 4, group_size=600, temperature=temperature)
     words = [tuple(word) for word in texts(rollouts)]
@@ -617,10 +642,13 @@ def test_smc_keeps_what_its_potential_likes():
 @pytest.mark.parametrize("every", [1, 2, 100])
 def test_smc_samples_its_target(every):
     # 3 ends at once; what begins with 2 and goes on to 4 is three times as good
-    model = chain({8: {2: 0.5, 3: 0.5}, 2: {4: 0.5, 5: 0.5}, 4: {6: 1.0}, 5: {6: 1.0}})
+    table = {8: {2: 0.4, 3: 0.4, 7: 0.2}, 2: {4: 0.5, 5: 0.5}, 4: {6: 1.0}, 5: {6: 1.0}}
+    model = chain(table | {7: {7: 1.0}})
 
     def potential(number, tokens):
         asked.append(tokens.tolist())
+        if tokens[0] == 7:
+            return -math.inf
         return math.log(3) if tokens.tolist()[:2] == [2, 4] else 0.0
 
     asked = []
@@ -635,7 +663,7 @@ def test_smc_samples_its_target(every):
 # DeepSearch
 
 
-def search(model, reward, **options):
+def search(model, reward, seed=0, max_new_tokens=6, **options):
     strategy = DeepSearch(reward, **{"segment": 2, "width": 3, "num_terminals": 4} | options)
     groups = []
 
@@ -645,7 +673,7 @@ def search(model, reward, **options):
 
     strategy.select = select
     one = engine(model)
-    rollouts = run(one, strategy, [[8]], max_new_tokens=6)
+    rollouts = run(one, strategy, [[8]], seed, max_new_tokens=max_new_tokens)
     assert is_empty(one)
     check(model, rollouts)
     return rollouts, groups[0].notes["nodes"]
@@ -683,6 +711,39 @@ def test_deepsearch_returns_right_answers_first_and_respects_depth():
     assert all(node.depth == 2 for node in nodes[9:17])
     _, shallow = search(chain({8: {2: 1.0}, 2: {2: 1.0}}), reward, max_depth=1)
     assert len(shallow) == 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_deepsearch_replayed(seed):
+    """What is expanded next, from the nodes that there were."""
+    table = {8: {3: 1.0}, 3: {3: 0.6, 4: 0.4}, 4: {EOS: 1.0}}
+    _, nodes = search(chain(table), lambda *_: 0.0, seed=seed, num_terminals=12, max_new_tokens=9)
+    order = list(dict.fromkeys(node.parent for node in nodes[1:]))
+    q, is_open, frontiers = {0: 0.0}, set(), 0
+
+    def score(i):
+        return 0.4 * math.tanh(q[nodes[i].parent]) + 0.01 * math.sqrt(nodes[i].depth / 64)
+
+    for now, then in itertools.pairwise(order):
+        new = [i for i, node in enumerate(nodes) if node.parent == now]
+        is_open -= {now}
+        for i in new:
+            q[i] = 0.0
+            if not nodes[i].is_terminal:
+                is_open.add(i)
+                continue
+            path = [i]
+            while nodes[path[-1]].parent >= 0:
+                path.append(nodes[path[-1]].parent)
+            for place, one in enumerate(reversed(path)):
+                q[one] -= max((place + 1) / len(path), 0.1)
+        local = [i for i in new if i in is_open]
+        if len(local) == len(new):
+            assert then == local[0]
+        else:
+            assert then == max(sorted(is_open), key=score)
+            frontiers += bool(local) and then not in local
+    assert frontiers  # was chosen where new nodes were open, too
 
 
 # The engine under strategies
@@ -772,6 +833,21 @@ def test_a_group_may_end_without_sequences(model):
     assert is_empty(one)
 
 
+def test_what_on_finish_prunes_is_gone():
+    finished = []
+
+    class KeepsOne(Strategy):
+        def on_finish(self, run, group, done):
+            finished.append(done.stream)
+            run.prune([other.branch for other in group.done if other is not done])
+
+    one = engine(chain({8: {2: 1.0}}))
+    rollouts = run(one, KeepsOne(), [[8]])  # all end at the same step
+    assert finished == [0]
+    assert texts(rollouts) == [[2, EOS]]
+    assert is_empty(one)
+
+
 def test_forks_before_tokens_are_appended_need_a_token(model):
     class Forks(Strategy):
         acts_on_steps = True
@@ -813,6 +889,27 @@ def test_groups_are_put_aside_with_all_that_they_hold(model, monkeypatch):
         assert aside, name
         assert is_empty(one)
     assert any(waiting)
+
+
+@pytest.mark.parametrize("name", ["groups", "cure"])
+def test_a_cache_for_one_group_is_enough_for_many(name):
+    model = chain({8: {2: 1.0}, 2: {3: 0.5, 4: 0.5}, 3: {6: 1.0}, 4: {6: 1.0}, 6: {6: 1.0}})
+
+    def smallest(prompts):
+        for tokens in range(16, 400, 4):
+            one = engine(model, max_cached_tokens=tokens, max_sequences=4 * len(prompts))
+            try:
+                rollouts = run(one, strategies()[name](), prompts, max_new_tokens=20)
+            except RuntimeError:
+                continue
+            assert is_empty(one)
+            return tokens, len(rollouts.lengths)
+
+    tokens, sequences = smallest([[8]])
+    many, of_many = smallest([[8]] * 5)
+    # what was put aside does not go on in its prompt's last page: one page more
+    assert many <= tokens + 4
+    assert of_many == 5 * sequences
 
 
 def test_optional_fields_are_selected_saved_and_loaded(model, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -91,7 +92,7 @@ class SMC(Strategy):
         weight, value = group.notes["weight"], group.notes["value"]
         start = run.prompt_length(group.number)
         for stream, branch in self._particles(run, group):
-            if stream in group.notes["settled"]:
+            if stream in group.notes["settled"] or weight.get(stream) == -math.inf:
                 continue
             now = self.potential(group.number, run.cache.tokens(branch)[start:])
             weight[stream] = weight.get(stream, 0.0) + now - value.get(stream, 0.0)
@@ -106,7 +107,8 @@ class SMC(Strategy):
 
     def _weights(self, group: Group, streams: list[int]) -> Tensor:
         weight = group.notes["weight"]
-        return torch.tensor([weight.get(s, 0.0) for s in streams], dtype=torch.float32)
+        values = torch.tensor([weight.get(s, 0.0) for s in streams], dtype=torch.float64)
+        return (values - values.max().nan_to_num()).float()
 
     def _resample(self, run: Run, group: Group, t: int) -> None:
         rows = run.rows[run.rows.group == group.number]
@@ -116,7 +118,7 @@ class SMC(Strategy):
         streams = [stream for stream, *_ in particles]
         weights, u = self._weights(group, streams), uniform(run.random(group, t))
         out = rlkern.smc_resample(weights, u, ess_threshold=self.min_ess)
-        if out.ess >= self.min_ess * len(particles):
+        if torch.equal(out.log_weights, weights):
             return
         counts = torch.bincount(out.parents, minlength=len(particles)).tolist()
         done = [
