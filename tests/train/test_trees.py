@@ -90,7 +90,7 @@ TREES = {
 @pytest.mark.parametrize("strategy", TREES)
 def test_a_run_with_trees(tmp_path, strategy):
     changes = {"rollout__strategy": strategy, "optim__share_prefix": "true", "run__steps": 3}
-    changes |= {"rollout__chunk": 2}
+    changes |= {"rollout__chunk": 2, "optim__updates": 1}
     changes |= {f"rollout__strategy_options.{k}": str(v) for k, v in TREES[strategy].items()}
     assert cli.main(arguments(tmp_path, **changes)) == 0
     records = [r for r in metrics(tmp_path) if r["phase"] == "rl"]
@@ -113,7 +113,7 @@ def test_a_run_with_trees(tmp_path, strategy):
 )
 def test_a_run_with_another_strategy(tmp_path, strategy, options):
     """Log-probs of sampler and trainer agree: temperatures, given tokens and all."""
-    changes = {"rollout__strategy": strategy, "run__steps": 2}
+    changes = {"rollout__strategy": strategy, "run__steps": 2, "optim__updates": 1}
     changes |= {f"rollout__strategy_options.{k}": v for k, v in options.items()}
     assert cli.main(arguments(tmp_path, **changes)) == 0
     for record in (r for r in metrics(tmp_path) if r["phase"] == "rl"):
@@ -123,7 +123,7 @@ def test_a_run_with_another_strategy(tmp_path, strategy, options):
 
 def test_april_goes_on_with_what_a_step_has_left(tmp_path):
     changes = {"rollout__strategy": "april", "rollout__strategy_options.num_groups": 2}
-    changes |= {"run__steps": 4, "eval__every": 1, "algorithm__objective": "minpro"}
+    changes |= {"run__steps": 4, "eval__every": 1}
     assert cli.main(arguments(tmp_path, **changes)) == 0
     records = [r for r in metrics(tmp_path) if r["phase"] == "rl"]
     assert len(records) == 4
