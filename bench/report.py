@@ -110,6 +110,8 @@ def markdown(name: str, document: Path) -> str:
             parts.append(_weight_sync(path, saved, document))
         elif saved.get("kind") == "share_prefix":
             parts.append(_share_prefix(path, saved, document))
+        elif saved.get("kind") == "trees":
+            parts.append(_trees(path, saved, document))
         elif saved.get("kind") == "rollout":
             parts.append(_rollout(path, saved, document))
         elif saved.get("kind") == "kernel_resources":
@@ -292,6 +294,29 @@ def _weight_sync(path: Path, saved: dict, document: Path) -> str:
         lines.append(_line(cells))
     shape = ", ".join(f"{key} {value:,}" for key, value in saved["shape"].items())
     end = f"{shape}; one update of ±{saved['learning_rate']:g} of every master weight."
+    return "\n".join([*lines, "", end, ""])
+
+
+def _trees(path: Path, saved: dict, document: Path) -> str:
+    """The demo with plain groups and with trees: what it learns, and what sampling takes."""
+    head = ["rollouts", "reward, first 5 steps", "last 5", "greedy every 10 steps"]
+    head += ["tokens computed", "used", "KV reads saved", "rollouts take", "updates take"]
+    lines = [_source(path, saved, document), "", *_head(head)]
+    for run in saved["runs"]:
+        cells = [
+            run["strategy"],
+            f"{run['reward_first_5']:.3f}",
+            f"{run['reward_last_5']:.3f}",
+            ", ".join(f"{value:.1%}" for value in run["greedy_every_10_steps"]),
+            f"{run['computed_tokens']:,}",
+            f"{run['used_tokens']:,}",
+            f"{run['kv_saved']:.0%}",
+            f"{run['rollout_seconds']:.0f} s",
+            f"{run['update_seconds']:.0f} s",
+        ]
+        lines.append(_line(cells))
+    load = saved["machine_info"]["load_at_end"][-1]
+    end = f"Seed {saved['seed']}. Load average over the last 15 minutes: {load}."
     return "\n".join([*lines, "", end, ""])
 
 

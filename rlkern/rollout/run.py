@@ -337,6 +337,11 @@ class Run:
             here = np.flatnonzero(np.isin(step.rows.branch, rows.branch))
         drawn = [x[here].cpu() for x in (step.tokens, step.logprob, step.entropy)]
         count = len(drawn[0])
+        if (broken := int((drawn[0] < 0).sum())) > 0:
+            raise ValueError(
+                f"NativeEngine.generate: the logits of {broken} of {count} sequences hold NaN or "
+                "+Inf, or nothing but -Inf: look at the model's weights"
+            )
         self.cache.append(rows.branch[:count], drawn[0], logprob=drawn[1], entropy=drawn[2])
         grown = np.arange(len(rows)) < count
         last = np.concatenate([drawn[0].numpy(), rows.last[count:]])

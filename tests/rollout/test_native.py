@@ -204,6 +204,15 @@ def test_greedy_equals_generate_of_transformers(model, prompt):
     torch.testing.assert_close(got.logprob, full, rtol=1e-5, atol=1e-5)
 
 
+def test_logits_that_are_no_numbers_are_told(model):
+    one = engine(model)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="the logits of 8 of 8 sequences hold NaN"):
+        one.generate(PROMPTS, group_size=2, max_new_tokens=4)
+    assert one.cache.free_pages == one.cache.num_pages
+
+
 def test_the_model_is_left_as_it_was(model):
     how = model.config._attn_implementation
     generate(model)
