@@ -166,9 +166,14 @@ class Trainer:
         if cfg.replay:
             try:
                 rollouts, extra = Rollouts.load(Path(cfg.replay) / name, self.device)
-                return rollouts, extra["rewards"].view(len(rollouts.group_ids)), {}
+                rewards = extra["rewards"].view(len(rollouts.group_ids))
             except (ValueError, KeyError, RuntimeError) as error:
                 raise TrainError(f"rollout.replay, step {self.step}: {error}") from error
+            found = len(rollouts.prompt_cu_seqlens) - 1
+            if self.strategy.num_groups is None and found != cfg.prompts:
+                what = f"{name} holds {found} prompts where rollout.prompts = {cfg.prompts}"
+                raise TrainError(f"rollout.replay, step {self.step}: {what}")
+            return rollouts, rewards, {}
         rollouts, samples = self.sample(examples, cfg.group_size * cfg.explore, "rollout")
         rewards = torch.tensor([sample["reward"] for sample in samples], device=self.device)
         if cfg.explore > 1:

@@ -185,7 +185,11 @@ def test_replayed_rollouts_give_the_same_updates(tiny, tmp_path):
     changes = {"rollout__replay": tiny / "rollouts", "rollout__save": "false"}
     # No reward is called and no token is drawn for training: other seeds would not matter.
     assert cli.main(arguments(tmp_path / "run", **changes)) == 0
-    assert metrics(tmp_path / "run") == metrics(tiny)
+    replayed, sampled = metrics(tmp_path / "run"), metrics(tiny)
+    for record in sampled:  # what sampling took
+        for name in [name for name in record if name.startswith("rollout/")]:
+            del record[name]
+    assert replayed == sampled
     first, second = weights(tiny), weights(tmp_path / "run")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -195,7 +199,8 @@ def test_replay_of_what_is_not_there(tiny, tmp_path, capsys):
     assert "rollout.replay, step 5: Rollouts.load:" in capsys.readouterr().err
     changes = {"rollout__replay": tiny / "rollouts", "rollout__prompts": 5}
     assert cli.main(arguments(tmp_path / "run2", **changes)) == 2
-    assert "rollout.replay, step 5: shape '[5, 4]' is invalid" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "rollout.replay, step 5: step_000005.safetensors holds 4 prompts where rollout." in error
 
 
 def test_micro_batches_add_up_to_the_minibatch(tmp_path):
