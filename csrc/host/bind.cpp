@@ -87,8 +87,8 @@ PYBIND11_MODULE(_C_host, m) {
            [](Tree& tree, const Ids& ids, const Ids& counts, const Ids& at, const Tokens& forced,
               const Floats& logprob, const Floats& entropy) {
              std::vector<int64_t> children;
-             check(tree.fork(view(ids), view(counts), view(at), view(forced), {view(logprob), view(entropy)},
-                             &children),
+             check(tree.fork(view(ids), view(counts), view(at), view(forced),
+                             {view(logprob), view(entropy)}, &children),
                    "fork", view(ids), tree);
              return give(std::move(children));
            })
@@ -126,8 +126,9 @@ PYBIND11_MODULE(_C_host, m) {
       .def("append",
            [](Tree& tree, const Ids& ids, const Tokens& tokens, const Ids& offsets,
               const Floats& logprob, const Floats& entropy) {
-             check(tree.append(view(ids), view(tokens), view(offsets), {view(logprob), view(entropy)}), "append",
-                   view(ids), tree);
+             check(tree.append(view(ids), view(tokens), view(offsets),
+                               {view(logprob), view(entropy)}),
+                   "append", view(ids), tree);
            })
       .def("append_slots",
            [](Tree& tree, const Ids& ids, const Ids& counts) {

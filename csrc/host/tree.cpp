@@ -318,8 +318,8 @@ std::vector<int64_t> Tree::create(std::span<const int32_t> tokens, std::span<con
 }
 
 Outcome Tree::fork(std::span<const int64_t> ids, std::span<const int64_t> counts,
-                   std::span<const int64_t> at, std::span<const int32_t> forced,
-                   const Marks& marks, std::vector<int64_t>* children) {
+                   std::span<const int64_t> at, std::span<const int32_t> forced, const Marks& marks,
+                   std::vector<int64_t>* children) {
   std::vector<int32_t> found;
   if (const Outcome outcome = find_live(ids, &found); !outcome) return outcome;
   const bool is_forced = !forced.empty();
@@ -343,8 +343,7 @@ Outcome Tree::fork(std::span<const int64_t> ids, std::span<const int64_t> counts
     for (int64_t j = 0; j < counts[i]; ++j, ++child) {
       const int32_t b = add_branch(branches_[parent].group, parent);
       branches_[b].due = due;
-      if (is_forced)
-        branches_[b].due.push_back(marked(forced[child], marks, child, version_));
+      if (is_forced) branches_[b].due.push_back(marked(forced[child], marks, child, version_));
       attach(b, node);
       children->push_back(branches_[b].id);
     }

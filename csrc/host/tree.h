@@ -115,8 +115,8 @@ class Tree {
   // -1: of all there is, as it is. With `forced`, one token for every child, the children keep
   // at[i] tokens cached and this one is pending.
   Outcome fork(std::span<const int64_t> branches, std::span<const int64_t> counts,
-               std::span<const int64_t> at, std::span<const int32_t> forced,
-               const Marks& marks, std::vector<int64_t>* children);
+               std::span<const int64_t> at, std::span<const int32_t> forced, const Marks& marks,
+               std::vector<int64_t>* children);
   // With `subtree`, also what was forked from them, but for pinned branches.
   Outcome prune(std::span<const int64_t> branches, bool subtree);
   // To the first lengths[i] tokens, the last of which becomes pending.

@@ -178,7 +178,8 @@ class Fuzz {
                 "a slot out of line");
         pages.insert(slots[p] / static_cast<int32_t>(page_size_));
       }
-      if (!model.suspended && model.cached >= 0 && tree().plan(one(id), one(1), 8, true, &scratch()))
+      if (!model.suspended && model.cached >= 0 &&
+          tree().plan(one(id), one(1), 8, true, &scratch()))
         readers.push_back(id);
     }
     require(tree().branches() == ids(), "other branches");
