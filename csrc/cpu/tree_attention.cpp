@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -35,6 +36,12 @@ constexpr int64_t kUnitKeys = 64;
 struct AttentionScore {
   float scale;
   Softcap softcap;
+
+  template <class F>
+  RLK_HD F of(F x) const {
+    x *= scale;
+    return softcap.on() ? softcap.apply(x) : x;
+  }
 };
 
 // A row of TreePlan.items.

@@ -4,9 +4,10 @@
 // RLK_FLOATS (a vector as wide as its registers), RLK_KEYS x 2 and RLK_ROWS x 4 (the register tiles
 // of scores and of outputs) and RLK_HAS_BF16_DOT defined; hence no include guard.
 //
-// A lane of a vector is one row (a branch and a query head) in the scores, and one element of the
-// head in the outputs. No lane sees another, and each sums in the order of the keys: what a row
-// gets does not depend on the rows beside it.
+// A lane of a vector is one row (a branch and a query head) or, where rows are few, one key in the
+// scores, and one element of the head in the outputs. Either way each score is a sum in the order
+// of the head's elements, each output in the order of the keys, and the weights are added up in the
+// same tree: what a row gets does not depend on the rows beside it.
 
 namespace RLK_ISA {
 
@@ -28,26 +29,27 @@ RLK_TARGET static inline
 }
 #endif
 
-// scores[tile][key][lane] = q . k for kKeys keys and kTiles tiles of rows.
-template <int kTiles, class Unit>
-RLK_TARGET static __attribute__((noinline)) void score(const Unit* k, int64_t units, const Unit* q,
-                                                       float* scores) {
-  V acc[kKeys][kTiles];
+// scores = a . b for kOnes vectors a, one after another, and the lanes of kTiles panels b.
+template <int kOnes, int kTiles, class Unit>
+RLK_TARGET static __attribute__((noinline)) void score(const Unit* a, int64_t units, const Unit* b,
+                                                       float* scores, int64_t stride,
+                                                       int64_t tile_stride) {
+  V acc[kOnes][kTiles];
 #pragma GCC unroll 12
-  for (int i = 0; i < kKeys; ++i)
-#pragma GCC unroll 2
+  for (int i = 0; i < kOnes; ++i)
+#pragma GCC unroll 4
     for (int t = 0; t < kTiles; ++t) acc[i][t] = V{};
-  for (int64_t u = 0; u < units; ++u, q += kWidth) {
+  for (int64_t u = 0; u < units; ++u, b += kWidth) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kKeys; ++i)
-#pragma GCC unroll 2
+    for (int i = 0; i < kOnes; ++i)
+#pragma GCC unroll 4
       for (int t = 0; t < kTiles; ++t)
-        acc[i][t] = dot(acc[i][t], k[i * units + u], q + t * units * kWidth);
+        acc[i][t] = dot(acc[i][t], a[i * units + u], b + t * units * kWidth);
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < kKeys; ++i)
-#pragma GCC unroll 2
-    for (int t = 0; t < kTiles; ++t) store_as(scores + (t * kUnitKeys + i) * kWidth, acc[i][t]);
+  for (int i = 0; i < kOnes; ++i)
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) store_as(scores + i * stride + t * tile_stride, acc[i][t]);
 }
 
 RLK_TARGET static inline __attribute__((always_inline)) void store_weight(V p, int64_t key,
@@ -64,36 +66,75 @@ RLK_TARGET static inline
 }
 #endif
 
-// Scores to weights exp(s - max); the running maxima and sums of a tile's rows move on, and `decay`
-// is what their outputs so far must be scaled by.
+// Scores to weights exp(s - max), a lane a row; the running maxima and sums move on, and `decay` is
+// what the outputs so far must be scaled by.
 template <class Unit>
 RLK_TARGET static __attribute__((noinline)) void weigh(const AttentionScore& head, int64_t count,
                                                        float* scores, float* max, float* sum,
                                                        float* decay, Unit* weights) {
   const V old = load_as<V>(max);
-  V top = old;
+  V top = old, sums[kWidth] = {};
   for (int64_t key = 0; key < count; ++key) {
-    V s = load_as<V>(scores + key * kWidth) * head.scale;
-    if (head.softcap.on()) s = head.softcap.apply(s);
+    const V s = head.of(load_as<V>(scores + key * kWidth));
     store_as(scores + key * kWidth, s);
     top = vmax(s, top);
   }
   const V anchor = at_least(top, -FLT_MAX);
   const V scale = exp_in_range(at_least(old - anchor, kExpUnderflow));
-  V total = load_as<V>(sum) * scale;
   for (int64_t key = 0; key < count; ++key) {
     const V s = load_as<V>(scores + key * kWidth) - anchor;
     const V p = exp_in_range(at_least(s, kExpUnderflow));
-    total += p;
+    sums[key % kWidth] += p;
     store_weight(p, key, weights);
   }
+  for (int w = kWidth / 2; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) sums[i] += sums[i + w];
   store_as(max, top);
-  store_as(sum, total);
+  store_as(sum, load_as<V>(sum) * scale + sums[0]);
   store_as(decay, scale);
 }
 
-// out[row] = decay[row] out[row] + sum over the keys of weights[key][row] v[key], for R rows.
-template <int R, int N, class Unit>
+RLK_TARGET static inline __attribute__((always_inline)) void store_weights(V p, float* weights) {
+  store_as(weights, p);
+}
+RLK_TARGET static inline __attribute__((always_inline)) void store_weights(V p, Pair* weights) {
+  store(reinterpret_cast<bf16*>(weights), p);
+}
+
+// The same of one row, a lane a key.
+template <class Unit>
+RLK_TARGET static __attribute__((noinline)) void weigh_row(const AttentionScore& head,
+                                                           int64_t count, float* scores, float* max,
+                                                           float* sum, float* decay,
+                                                           Unit* weights) {
+  typename Narrow<V>::Ints key;
+  for (int i = 0; i < kWidth; ++i) key[i] = i;
+  V top = V{} - INFINITY, sums{};
+  for (int64_t at = 0; at < count; at += kWidth) {
+    V s = head.of(load_as<V>(scores + at));
+    s = key < static_cast<int32_t>(count - at) ? s : V{} - INFINITY;
+    store_as(scores + at, s);
+    top = vmax(s, top);
+  }
+  const float best = vmax(reduce_max(top), *max);
+  const V anchor = at_least(V{} + best, -FLT_MAX);
+  const V scale = exp_in_range(at_least(*max - anchor, kExpUnderflow));
+  for (int64_t at = 0; at < count; at += kWidth) {
+    const V s = load_as<V>(scores + at) - anchor;
+    const V p = exp_in_range(at_least(s, kExpUnderflow));
+    const V here = only(key < static_cast<int32_t>(count - at), p);
+    sums += here;
+    store_weights(here, weights + at / kPerUnit<Unit>);
+  }
+  const V total = (V{} + *sum) * scale + reduce_add(sums);
+  *max = best;
+  *sum = total[0];
+  *decay = scale[0];
+}
+
+// out[row] = decay[row] out[row] + sum over the keys of weights v[key], for R rows: weights of a
+// key lie side by side (kOfKey), or those of a row do.
+template <bool kOfKey, int R, int N, class Unit>
 RLK_TARGET static inline __attribute__((always_inline)) void add_values(
     const Unit* weights, const float* decay, const Unit* v, int64_t steps, int64_t stride,
     float* out) {
@@ -102,11 +143,13 @@ RLK_TARGET static inline __attribute__((always_inline)) void add_values(
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) acc[r][n] = load_as<V>(out + r * stride + n * kWidth) * decay[r];
-  for (int64_t k = 0; k < steps; ++k, weights += kWidth, v += stride) {
+  constexpr int64_t kRowStride = kOfKey ? 1 : kUnitKeys / kPerUnit<Unit>;
+  for (int64_t k = 0; k < steps; ++k, weights += kOfKey ? kWidth : 1, v += stride) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[r][n] = dot(acc[r][n], weights[r], v + n * kWidth);
+      for (int n = 0; n < N; ++n)
+        acc[r][n] = dot(acc[r][n], weights[r * kRowStride], v + n * kWidth);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -114,14 +157,29 @@ RLK_TARGET static inline __attribute__((always_inline)) void add_values(
     for (int n = 0; n < N; ++n) store_as(out + r * stride + n * kWidth, acc[r][n]);
 }
 
-template <int R, class Unit>
-RLK_TARGET static __attribute__((noinline)) void output(const Unit* weights, const float* decay,
-                                                        const Unit* v, int64_t steps,
-                                                        int64_t stride, float* out) {
+template <bool kOfKey, int R, class Unit>
+RLK_TARGET static __attribute__((noinline)) void add_rows(const Unit* weights, const float* decay,
+                                                          const Unit* v, int64_t steps,
+                                                          int64_t stride, float* out) {
   int64_t d = 0;
-  for (; d + kVectors * kWidth <= stride; d += kVectors * kWidth)
-    add_values<R, kVectors>(weights, decay, v + d, steps, stride, out + d);
-  for (; d < stride; d += kWidth) add_values<R, 1>(weights, decay, v + d, steps, stride, out + d);
+  for (; d + 4 * kWidth <= stride; d += 4 * kWidth)
+    add_values<kOfKey, R, 4>(weights, decay, v + d, steps, stride, out + d);
+  for (; d + 2 * kWidth <= stride; d += 2 * kWidth)
+    add_values<kOfKey, R, 2>(weights, decay, v + d, steps, stride, out + d);
+  for (; d < stride; d += kWidth)
+    add_values<kOfKey, R, 1>(weights, decay, v + d, steps, stride, out + d);
+}
+
+template <bool kOfKey, class Unit>
+RLK_TARGET static void output(const Unit* weights, const float* decay, int64_t rows, const Unit* v,
+                              int64_t steps, int64_t stride, float* out) {
+  constexpr int64_t kRowStride = kOfKey ? 1 : kUnitKeys / kPerUnit<Unit>;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows)
+    add_rows<kOfKey, kRows>(weights + r * kRowStride, decay + r, v, steps, stride,
+                            out + r * stride);
+  for (; r < rows; ++r)
+    add_rows<kOfKey, 1>(weights + r * kRowStride, decay + r, v, steps, stride, out + r * stride);
 }
 
 // A key, padded with zeros to whole units.
@@ -150,6 +208,48 @@ RLK_TARGET static inline __attribute__((always_inline)) void copy_values(
   if (d < stride) std::memset(static_cast<void*>(out + d), 0, sizeof(Unit) * (stride - d));
 }
 
+// Lanes of a where bit kStep of their number is clear, of b moved by kStep where it is set; and
+// what is left of both, the other way round.
+template <int kStep, int... kLane>
+RLK_TARGET static inline __attribute__((always_inline)) void swap_lanes(
+    V& a, V& b, std::integer_sequence<int, kLane...>) {
+  using Ints = typename Narrow<V>::Ints;
+  const V low =
+      __builtin_shuffle(a, b, Ints{((kLane & kStep) ? kLane - kStep + kWidth : kLane)...});
+  b = __builtin_shuffle(a, b, Ints{((kLane & kStep) ? kLane + kWidth : kLane + kStep)...});
+  a = low;
+}
+
+template <int kStep>
+RLK_TARGET static inline __attribute__((always_inline)) void swap_rows(V (&x)[kWidth]) {
+  if constexpr (kStep < kWidth) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i)
+      if (!(i & kStep))
+        swap_lanes<kStep>(x[i], x[i + kStep], std::make_integer_sequence<int, kWidth>{});
+    swap_rows<2 * kStep>(x);
+  }
+}
+
+// kWidth keys into the lanes of a panel. Reads whole vectors.
+template <class Unit>
+RLK_TARGET static __attribute__((noinline)) void pack_keys(const Unit* const* keys, int64_t units,
+                                                           Unit* panel) {
+  for (int64_t u = 0; u < units; u += kWidth) {
+    V x[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) x[i] = load_as<V>(keys[i] + u);
+    swap_rows<1>(x);
+    const int64_t count = std::min<int64_t>(kWidth, units - u);
+    if (count == kWidth) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) store_as(panel + (u + i) * kWidth, x[i]);
+    } else {
+      for (int64_t i = 0; i < count; ++i) store_as(panel + (u + i) * kWidth, x[i]);
+    }
+  }
+}
+
 // A query into its lane of a panel.
 template <class Unit, class T>
 RLK_TARGET static inline __attribute__((always_inline)) void pack_query(const T* q, int64_t width,
@@ -157,6 +257,96 @@ RLK_TARGET static inline __attribute__((always_inline)) void pack_query(const T*
   constexpr int64_t kPer = kPerUnit<Unit>;
   for (int64_t d = 0; d < width; d += kPer, lane += kWidth)
     set_unit(lane, q[d], d + kPer <= width ? q[d + kPer - 1] : T(0.0f));
+}
+
+// Whether keys lie in the cache as the operands of a product do, in whole vectors.
+template <class Unit, class T>
+static bool is_direct(int64_t units) {
+  return sizeof(Unit) == kPerUnit<Unit> * sizeof(T) && units % kWidth == 0;
+}
+
+// The running softmax of rows that follow each other, of one head.
+struct Rows {
+  float *max, *sum, *out;
+  int64_t count, stride;
+};
+
+// Buffers of a task.
+template <class Unit>
+struct Scratch {
+  std::vector<Unit> queries, keys, panel, values, weights;
+  std::vector<float> scores;
+
+  Scratch(int64_t units, int64_t stride)
+      : keys(kUnitKeys * units + kWidth),  // pack_keys reads whole vectors
+        panel(kUnitKeys * units),
+        values(kUnitKeys / kPerUnit<Unit> * stride),
+        weights(kUnitKeys / kPerUnit<Unit> * kWidth),
+        scores(2 * kUnitKeys * kWidth) {}
+};
+
+// Many rows: queries are panels of kWidth of them.
+template <class Unit>
+RLK_TARGET static void fold(const AttentionScore& score_of, int64_t units, int64_t count,
+                            const Unit* queries, Scratch<Unit>& s, const Rows& rows) {
+  const int64_t tiles = (rows.count + kWidth - 1) / kWidth;
+  const int64_t steps = (count + kPerUnit<Unit> - 1) / kPerUnit<Unit>;
+  for (int64_t t = 0; t < tiles; t += 2) {
+    const Unit* const q = queries + t * units * kWidth;
+    const int64_t together = std::min<int64_t>(2, tiles - t);
+    for (int64_t key = 0; key < count; key += kKeys) {
+      const Unit* const k = s.keys.data() + key * units;
+      float* const out = s.scores.data() + key * kWidth;
+      together == 2 ? score<kKeys, 2>(k, units, q, out, kWidth, kUnitKeys * kWidth)
+                    : score<kKeys, 1>(k, units, q, out, kWidth, 0);
+    }
+    for (int64_t j = 0; j < together; ++j) {
+      const int64_t row = (t + j) * kWidth, live = std::min<int64_t>(kWidth, rows.count - row);
+      float max[kWidth], sum[kWidth], decay[kWidth];
+      std::fill(std::copy_n(rows.max + row, live, max), max + kWidth, -INFINITY);
+      std::fill(std::copy_n(rows.sum + row, live, sum), sum + kWidth, 0.0f);
+      weigh(score_of, count, s.scores.data() + j * kUnitKeys * kWidth, max, sum, decay,
+            s.weights.data());
+      std::copy_n(max, live, rows.max + row);
+      std::copy_n(sum, live, rows.sum + row);
+      output<true>(s.weights.data(), decay, live, s.values.data(), steps, rows.stride,
+                   rows.out + row * rows.stride);
+    }
+  }
+}
+
+// Few rows: keys are panels, queries lie one after another.
+template <class Unit>
+RLK_TARGET static void fold_few(const AttentionScore& score_of, int64_t units, int64_t count,
+                                const Unit* queries, const Unit* const* keys, Scratch<Unit>& s,
+                                const Rows& rows) {
+  const int64_t tiles = (count + kWidth - 1) / kWidth;
+  for (int64_t t = 0; t < tiles; ++t)
+    pack_keys(keys + t * kWidth, units, s.panel.data() + t * kWidth * units);
+  for (int64_t r = 0; r < rows.count;) {
+    const int64_t ones = r + kRows <= rows.count ? kRows : 1;
+    const Unit* const q = queries + r * units;
+    for (int64_t t = 0; t < tiles;) {
+      const Unit* const k = s.panel.data() + t * kWidth * units;
+      float* const out = s.scores.data() + r * kUnitKeys + t * kWidth;
+      const bool four = t + 4 <= tiles;
+      if (ones == kRows)
+        four ? score<kRows, 4>(q, units, k, out, kUnitKeys, kWidth)
+             : score<kRows, 1>(q, units, k, out, kUnitKeys, kWidth);
+      else
+        four ? score<1, 4>(q, units, k, out, kUnitKeys, kWidth)
+             : score<1, 1>(q, units, k, out, kUnitKeys, kWidth);
+      t += four ? 4 : 1;
+    }
+    r += ones;
+  }
+  constexpr int64_t kPer = kPerUnit<Unit>;
+  float decay[kWidth];
+  for (int64_t r = 0; r < rows.count; ++r)
+    weigh_row(score_of, count, s.scores.data() + r * kUnitKeys, rows.max + r, rows.sum + r,
+              decay + r, s.weights.data() + r * (kUnitKeys / kPer));
+  output<false>(s.weights.data(), decay, rows.count, s.values.data(), (count + kPer - 1) / kPer,
+                rows.stride, rows.out);
 }
 
 // All items of the task. Heads of keys lie side by side in a page: they take turns at each unit.
@@ -169,22 +359,28 @@ RLK_TARGET static void attend(const TreeAttention<T>& a, const TreeTask& task) {
   // of every row: its running maximum, sum and output
   std::vector<float> maxima(num_heads * lanes, -INFINITY), sums(num_heads * lanes, 0.0f);
   std::vector<float> outputs(num_heads * lanes * stride, 0.0f);
-  std::vector<Unit> queries, keys(kUnitKeys * units);
-  std::vector<Unit> values(kUnitKeys / kPer * stride), weights(kUnitKeys / kPer * kWidth);
-  std::vector<float> scores(2 * kUnitKeys * kWidth);
+  Scratch<Unit> scratch(units, stride);
+  std::vector<Unit>& keys = scratch.keys;
   const std::vector<T> zeros(a.width, T(0.0f));
-  const std::vector<KeyUnit> work = key_units(a, task);
+  const bool direct = is_direct<Unit, T>(units);
   int64_t packed_begin = -1, packed_end = -1;
-  for (const auto& [begin, end, slots, count] : work) {
+  for (const auto& [begin, end, slots, count] : key_units(a, task)) {
     const int64_t rows = (end - begin) * a.group, first = (begin - task.row_begin) * a.group;
-    const int64_t tiles = (rows + kWidth - 1) / kWidth, panel = tiles * units * kWidth;
+    const bool few = rows <= kWidth / 2;
+    // of one head
+    const int64_t queries = (few ? rows : round_up(rows, kWidth)) * units;
     if (begin != packed_begin || end != packed_end) {
-      queries.assign(num_heads * panel, Unit{});
+      scratch.queries.assign(num_heads * queries, Unit{});
       for (int64_t h = 0; h < num_heads; ++h)
-        for (int64_t r = 0; r < rows; ++r)
-          pack_query(a.query(begin + r / a.group, (task.head_begin + h) * a.group + r % a.group),
-                     a.width,
-                     queries.data() + h * panel + r / kWidth * units * kWidth + r % kWidth);
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* const q =
+              a.query(begin + r / a.group, (task.head_begin + h) * a.group + r % a.group);
+          Unit* const out = scratch.queries.data() + h * queries;
+          if (few)
+            copy_key(q, a.width, out + r * units);
+          else
+            pack_query(q, a.width, out + r / kWidth * units * kWidth + r % kWidth);
+        }
       packed_begin = begin;
       packed_end = end;
     }
@@ -193,41 +389,27 @@ RLK_TARGET static void attend(const TreeAttention<T>& a, const TreeTask& task) {
                 sizeof(Unit) * (padded - count) * units);
     for (int64_t h = 0; h < num_heads; ++h) {
       const int64_t head = task.head_begin + h;
-      for (int64_t k = 0; k < count; ++k)
-        copy_key(a.key(slots[k], head), a.width, keys.data() + k * units);
+      const Unit* each[kUnitKeys];
+      for (int64_t k = 0; k < count; ++k) {
+        const T* const key = a.key(slots[k], head);
+        each[k] = keys.data() + k * units;
+        if (few && direct)
+          each[k] = reinterpret_cast<const Unit*>(key);
+        else
+          copy_key(key, a.width, keys.data() + k * units);
+      }
+      std::fill(each + count, each + round_up(count, kWidth), each[0]);  // any that can be read
       for (int64_t s = 0; s < steps; ++s) {
         const int64_t odd = s * kPer + kPer - 1;
         copy_values(a.value(slots[s * kPer], head),
                     odd < count ? a.value(slots[odd], head) : zeros.data(), a.width, stride,
-                    values.data() + s * stride);
+                    scratch.values.data() + s * stride);
       }
-      for (int64_t t = 0; t < tiles; t += 2) {
-        const Unit* const q = queries.data() + h * panel + t * units * kWidth;
-        const int64_t together = std::min<int64_t>(2, tiles - t);
-        for (int64_t key = 0; key < padded; key += kKeys) {
-          const Unit* const k = keys.data() + key * units;
-          float* const s = scores.data() + key * kWidth;
-          together == 2 ? score<2>(k, units, q, s) : score<1>(k, units, q, s);
-        }
-        for (int64_t j = 0; j < together; ++j) {
-          const int64_t lane = h * lanes + first + (t + j) * kWidth;
-          const int64_t live = std::min<int64_t>(kWidth, rows - (t + j) * kWidth);
-          float max[kWidth], sum[kWidth], decay[kWidth];
-          std::fill(std::copy_n(&maxima[lane], live, max), max + kWidth, -INFINITY);
-          std::fill(std::copy_n(&sums[lane], live, sum), sum + kWidth, 0.0f);
-          weigh(a.score, count, scores.data() + j * kUnitKeys * kWidth, max, sum, decay,
-                weights.data());
-          std::copy_n(max, live, &maxima[lane]);
-          std::copy_n(sum, live, &sums[lane]);
-          int64_t r = 0;
-          for (; r + kRows <= live; r += kRows)
-            output<kRows>(weights.data() + r, decay + r, values.data(), steps, stride,
-                          &outputs[(lane + r) * stride]);
-          for (; r < live; ++r)
-            output<1>(weights.data() + r, decay + r, values.data(), steps, stride,
-                      &outputs[(lane + r) * stride]);
-        }
-      }
+      const int64_t lane = h * lanes + first;
+      const Rows of{&maxima[lane], &sums[lane], &outputs[lane * stride], rows, stride};
+      const Unit* const q = scratch.queries.data() + h * queries;
+      few ? fold_few(a.score, units, count, q, each, scratch, of)
+          : fold(a.score, units, count, q, scratch, of);
     }
   }
   for (int64_t h = 0; h < num_heads; ++h)
