@@ -17,6 +17,7 @@ from rlkern.ops.policy_loss.groups import balanced_clip, group_policy_loss, self
 from rlkern.ops.quantize_fp8 import quantize_fp8
 from rlkern.ops.quantize_nvfp4 import quantize_nvfp4
 from rlkern.ops.quantized_linear import quantized_linear
+from rlkern.ops.rms_norm import rms_norm
 from rlkern.ops.sample_tokens import SampleOutput, sample_tokens
 from rlkern.ops.segment_reduce import segment_reduce
 from rlkern.ops.shared_prefix_attention import shared_prefix_attention
@@ -58,6 +59,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_nvfp4",
     "quantized_linear",
+    "rms_norm",
     "sample_tokens",
     "segment_reduce",
     "self_reward_loss",

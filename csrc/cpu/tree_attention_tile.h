@@ -259,6 +259,12 @@ RLK_TARGET static inline __attribute__((always_inline)) void pack_query(const T*
     set_unit(lane, q[d], d + kPer <= width ? q[d + kPer - 1] : T(0.0f));
 }
 
+template <class T>
+static inline __attribute__((always_inline)) void prefetch(const T* p, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < width; d += kLine) __builtin_prefetch(p + d, 0, 2);
+}
+
 // Whether keys lie in the cache as the operands of a product do, in whole vectors.
 template <class Unit, class T>
 static bool is_direct(int64_t units) {
@@ -364,7 +370,10 @@ RLK_TARGET static void attend(const TreeAttention<T>& a, const TreeTask& task) {
   const std::vector<T> zeros(a.width, T(0.0f));
   const bool direct = is_direct<Unit, T>(units);
   int64_t packed_begin = -1, packed_end = -1;
-  for (const auto& [begin, end, slots, count] : key_units(a, task)) {
+  const std::vector<KeyUnit> work = key_units(a, task);
+  for (size_t i = 0; i < work.size(); ++i) {
+    const auto [begin, end, slots, count] = work[i];
+    const KeyUnit next = i + 1 < work.size() ? work[i + 1] : KeyUnit{};
     const int64_t rows = (end - begin) * a.group, first = (begin - task.row_begin) * a.group;
     const bool few = rows <= kWidth / 2;
     // of one head
@@ -389,7 +398,11 @@ RLK_TARGET static void attend(const TreeAttention<T>& a, const TreeTask& task) {
                 sizeof(Unit) * (padded - count) * units);
     for (int64_t h = 0; h < num_heads; ++h) {
       const int64_t head = task.head_begin + h;
-      const Unit* each[kUnitKeys];
+      for (int64_t k = 0; k < next.count; ++k) {
+        prefetch(a.key(next.slots[k], head), a.width);
+        prefetch(a.value(next.slots[k], head), a.width);
+      }
+      const Unit* each[kUnitKeys]{};
       for (int64_t k = 0; k < count; ++k) {
         const T* const key = a.key(slots[k], head);
         each[k] = keys.data() + k * units;

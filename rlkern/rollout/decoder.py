@@ -2,8 +2,8 @@
 
 A decode step of few rows is bound by the number of calls, most of which the modules of transformers
 make around their mathematics. For the families that share the layout of Llama, `Decoder` makes the
-same calls of torch in the same order, so with the same bits, from the same modules' weights, and
-leaves the rest out. All other models go through their own forward.
+same calls of torch in the same order from the same modules' weights, leaves the rest out, and takes
+norms and rotations from `rms_norm`. All other models go through their own forward.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlkern.kv import hf
+from rlkern.ops.rms_norm import reference
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # rotations that depend on the position alone
@@ -22,17 +23,28 @@ ROTATIONS = ("default", "linear", "llama3", "yarn")
 
 
 class Decoder:
-    """Logits of packed tokens; `positions`: how many there can be."""
+    """Logits of packed tokens.
 
-    def __init__(self, model: PreTrainedModel, positions: int, direct: bool = True) -> None:
+    Args:
+        positions: how many there can be.
+        direct: False goes through the model's own forward even where its layout is known.
+        exact: the bits of the model's own forward: means are added up as torch does.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, positions: int, *, direct: bool = True, exact: bool = False
+    ) -> None:
         self.model, self.positions = model, positions
         self.direct = direct and is_direct(model)
         if self.direct:
             base = model.base_model
             at = torch.arange(positions, device=model.device)[None]
             tables = base.rotary_emb(torch.empty((), dtype=model.dtype, device=model.device), at)
-            self.cos, self.sin = (table[0] for table in tables)
-            self.layers = [Layer(layer) for layer in base.layers]
+            half = tables[0].shape[-1] // 2
+            self.cos, self.sin = (table[0, :, :half].float() for table in tables)
+            exact |= model.dtype == torch.float64
+            self.norm = reference.forward if exact else torch.ops.rlkern.rms_norm.default
+            self.layers = [Layer(layer, self.norm) for layer in base.layers]
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, rows: Tensor, attend: hf.Attend, hidden: bool
@@ -53,20 +65,21 @@ class Decoder:
     def _hidden(self, tokens: Tensor, positions: Tensor, attend: hf.Attend) -> Tensor:
         base = self.model.base_model
         x = base.embed_tokens(tokens)
-        cos, sin = self.cos[positions, None], self.sin[positions, None]
+        cos, sin = self.cos[positions], self.sin[positions]
         for index, layer in enumerate(self.layers):
             x = layer(index, x, cos, sin, attend)
-        return rms_norm(x, base.norm)
+        return self.norm(x, *weight_of(base.norm), None, None)
 
 
 class Layer:
     """A decoder layer: norm, attention, norm, gated MLP, with a residual around each half."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, norm: Callable[..., Tensor]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.norms = layer.input_layernorm, layer.post_attention_layernorm
-        self.q_norm = getattr(attention, "q_norm", None)
-        self.k_norm = getattr(attention, "k_norm", None)
+        self.norm = norm
+        self.norms = weight_of(layer.input_layernorm), weight_of(layer.post_attention_layernorm)
+        self.q_norm = weight_of(getattr(attention, "q_norm", None))
+        self.k_norm = weight_of(getattr(attention, "k_norm", None))
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
         self.q, self.k, self.v, self.o = (linear(getattr(attention, name)) for name in names)
         names = ("gate_proj", "up_proj", "down_proj")
@@ -74,16 +87,14 @@ class Layer:
         self.width, self.scale = attention.head_dim, attention.scaling
 
     def __call__(self, index: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Any) -> Tensor:
-        h = rms_norm(x, self.norms[0])
-        q = self.q(h).view(len(x), -1, self.width)
-        k = self.k(h).view(len(x), -1, self.width)
-        v = self.v(h).view(len(x), -1, self.width)
-        if self.q_norm is not None:
-            q, k = rms_norm(q, self.q_norm), rms_norm(k, self.k_norm)
-        q, k = rotated(torch.cat([q, k], 1), cos, sin).split([q.shape[1], k.shape[1]], 1)
-        x = x + self.o(attend(index, q, k, v, self.scale, None).flatten(1))
-        h = rms_norm(x, self.norms[1])
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        norm, heads = self.norm, (len(x), -1, self.width)
+        h = norm(x, *self.norms[0], None, None)
+        q = norm(self.q(h).view(heads), *self.q_norm, cos, sin)
+        k = norm(self.k(h).view(heads), *self.k_norm, cos, sin)
+        out = attend(index, q, k, self.v(h).view(heads), self.scale, None)
+        x = x + self.o(out.flatten(1))
+        h = norm(x, *self.norms[1], None, None)
+        return x + self.down(F.silu(self.gate(h)).mul_(self.up(h)))
 
 
 def is_direct(model: PreTrainedModel) -> bool:
@@ -103,14 +114,6 @@ def linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, module.weight, module.bias)
 
 
-def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """As LlamaRMSNorm: float32 inside, rounded before the weight."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    return norm.weight * wide.to(x.dtype)
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """As apply_rotary_pos_emb, for (T, heads, D)."""
-    low, high = x.chunk(2, -1)
-    return x * cos + torch.cat([-high, low], -1) * sin
+def weight_of(norm: nn.Module | None) -> tuple[Tensor | None, float]:
+    """Arguments of `rms_norm`."""
+    return (None, 0.0) if norm is None else (norm.weight, norm.variance_epsilon)

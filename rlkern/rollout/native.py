@@ -137,7 +137,8 @@ class NativeEngine:
         self.model.eval()
         # set_attn_implementation would walk through all modules, twice a call
         config._attn_implementation = hf.NAME
-        self.decoder = Decoder(self.model, need, self.direct)
+        exact = self.score is not None
+        self.decoder = Decoder(self.model, need, direct=self.direct, exact=exact)
         run = Run(self, strategy, max_new_tokens, temperature, sampling, seed)
         try:
             rollouts = run.all(prompts)
@@ -185,11 +186,12 @@ class NativeEngine:
         layers = list(zip(self.cache.k.unbind(), self.cache.v.unbind(), strict=True))
 
         # the cache made slots and plan: checks of every layer's arguments would find nothing
+        write, read = torch.ops.rlkern.write_kv.default, torch.ops.rlkern.tree_attention.default
+
         def attend(layer, query, key, value, scale, softcap):
             k, v = layers[layer]
-            write = query.contiguous(), key.contiguous(), value.contiguous()
-            torch.ops.rlkern.write_kv(*write[1:], work.slots, k, v, None, None)
-            return torch.ops.rlkern.tree_attention(write[0], k, v, *plan, scale, softcap or 0.0)[0]
+            write(key.contiguous(), value.contiguous(), work.slots, k, v, None, None)
+            return read(query.contiguous(), k, v, *plan, scale, softcap or 0.0)[0]
 
         needs_hidden |= self.score is not None
         rows = rows.to(self.model.device)

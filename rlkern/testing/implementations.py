@@ -23,6 +23,7 @@ OPS = (
     "quantize_fp8",
     "quantize_nvfp4",
     "quantized_linear",
+    "rms_norm",
     "write_kv",
     "merge_attention",
     "tree_attention",

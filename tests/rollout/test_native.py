@@ -125,17 +125,26 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig])
-def test_the_direct_decoder_gives_the_bits_of_the_models_forward(kind, dtype):
+def test_the_direct_decoder_is_the_models_forward(kind, dtype):
+    """To the bit where a scorer asks for a trainer's bits, else but for the order of means."""
     torch.manual_seed(3)
     options = {"sliding_window": None} if kind is MistralConfig else {}
     model = AutoModelForCausalLM.from_config(kind(**SHAPE, **options)).eval().to(dtype)
-    got, want = (engine(model, direct=d, score=None) for d in (True, False))
     assert is_direct(model)
-    runs = [
-        e.generate(PROMPTS, group_size=3, max_new_tokens=8, generator=seeded(0))
-        for e in (got, want)
-    ]
-    same(*runs)
+
+    def score(hidden, tokens, temperature):
+        logits = model.lm_head(hidden).float() / temperature
+        return logits.log_softmax(-1).gather(1, tokens[:, None].long())[:, 0]
+
+    def run(direct, score):
+        made = engine(model, direct=direct, score=score)
+        return made.generate(PROMPTS, group_size=3, max_new_tokens=8, generator=seeded(0))
+
+    same(run(True, score), run(False, score))
+    if dtype == torch.float32:
+        got, want = run(True, None), run(False, None)
+        assert torch.equal(got.tokens, want.tokens)
+        torch.testing.assert_close(got.logprob, want.logprob, rtol=0, atol=1e-5)
 
 
 def test_a_model_with_hooks_goes_through_its_own_forward(model):
