@@ -7,6 +7,7 @@ norms and rotations from `rms_norm`. All other models go through their own forwa
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def linear(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """The module without the cost of calling it, where it is a plain linear layer."""
     if type(module) is not nn.Linear:
         return module
-    return lambda x: F.linear(x, module.weight, module.bias)
+    return partial(F.linear, weight=module.weight, bias=module.bias)
 
 
 def weight_of(norm: nn.Module | None) -> tuple[Tensor | None, float]:

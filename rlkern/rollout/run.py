@@ -351,7 +351,7 @@ class Run:
         """Takes out sequences that have ended, and then groups."""
         while True:
             rows = self.rows
-            stop = np.isin(rows.last, self.engine.eos)
+            stop = (rows.last[:, None] == self.engine.eos).any(1)
             ended = stop | (rows.length >= self.max_new_tokens)
             if ended.any():
                 self._leave(ended)
