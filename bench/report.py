@@ -112,6 +112,8 @@ def markdown(name: str, document: Path) -> str:
             parts.append(_share_prefix(path, saved, document))
         elif saved.get("kind") == "trees":
             parts.append(_trees(path, saved, document))
+        elif saved.get("kind") == "survival":
+            parts.append(_survival(path, saved, document))
         elif saved.get("kind") == "rollout":
             parts.append(_rollout(path, saved, document))
         elif saved.get("kind") == "kernel_resources":
@@ -295,6 +297,22 @@ def _weight_sync(path: Path, saved: dict, document: Path) -> str:
     shape = ", ".join(f"{key} {value:,}" for key, value in saved["shape"].items())
     end = f"{shape}; one update of ±{saved['learning_rate']:g} of every master weight."
     return "\n".join([*lines, "", end, ""])
+
+
+def _survival(path: Path, saved: dict, document: Path) -> str:
+    """How many runs were killed how often, and how many of them ended in the same bits."""
+    head = ["runs", "killed", "of them while writing a checkpoint", "records logged by then"]
+    lines = [_source(path, saved, document), "", *_head([*head, "same bits at the end"])]
+    for name in dict.fromkeys(outcome["run"] for outcome in saved["outcomes"]):
+        outcomes = [outcome for outcome in saved["outcomes"] if outcome["run"] == name]
+        kills = [kill for outcome in outcomes for kill in outcome["kills"]]
+        logged = sorted(kill["records"] for kill in kills)
+        same = sum(not outcome["different"] for outcome in outcomes)
+        cells = [name, f"{len(kills)} times"]
+        cells += [str(sum(kill["checkpoint_half_written"] for kill in kills))]
+        cells += [f"{logged[0]} – {logged[-1]}", f"{same} of {len(outcomes)}"]
+        lines.append(_line(cells))
+    return "\n".join([*lines, ""])
 
 
 def _trees(path: Path, saved: dict, document: Path) -> str:

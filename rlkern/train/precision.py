@@ -38,6 +38,15 @@ class RolloutPolicy:
         # groups that a step leaves half done are not for an evaluation to complete
         apart = sampler is not model or cfg.rollout.strategy == "april"
         self.engine = NativeEngine(sampler, **how) if apart else self.of_trainer
+        self.how = how
+
+    def restart(self) -> None:
+        """A new engine on the same weights; groups that were half done are lost."""
+        shared, version = self.engine is self.of_trainer, self.engine.version
+        self.engine = NativeEngine(self.engine.model, **self.how)
+        self.engine.bump_version(version)
+        if shared:
+            self.of_trainer = self.engine
 
     def refresh(self, step: int) -> dict[str, float]:
         """Brings the sampler up to date -> the share of code bytes that moved, and the seconds."""

@@ -33,9 +33,7 @@ PANELS = {  # title -> label -> metric
 
 def write_report(run_dir: Path, cfg: Config, summary: dict[str, Any]) -> Path:
     samples = read_lines(run_dir / "samples.jsonl")
-    settings = {"reward": cfg.reward, "precision": cfg.precision}
-    for section, values in cfg.model_dump(exclude=set(settings)).items():
-        settings |= {f"{section}.{key}": value for key, value in values.items()}
+    settings = flat(cfg)
     parts = [f"<h1>{html.escape(run_dir.name)}</h1>", _rows(summary.items()), "<h2>Curves</h2>"]
     parts += [_curves(read_lines(run_dir / "metrics.jsonl"), cfg.warmup.steps), "<h2>Samples</h2>"]
     for record in samples[:1] + samples[1:][-1:]:
@@ -49,6 +47,15 @@ def write_report(run_dir: Path, cfg: Config, summary: dict[str, Any]) -> Path:
     path = run_dir / "report.html"
     path.write_text("\n".join(["<!doctype html>", head, *parts]), encoding="utf-8")
     return path
+
+
+def flat(cfg: Config) -> dict[str, Any]:
+    """{section.key: value}, as on the command line."""
+    settings = {}
+    for name, value in cfg.model_dump().items():
+        inner = value if isinstance(value, dict) else {"": value}
+        settings |= {f"{name}.{key}".rstrip("."): setting for key, setting in inner.items()}
+    return settings
 
 
 def _curves(records: list[dict[str, Any]], warmup_steps: int) -> str:

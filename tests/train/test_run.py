@@ -359,25 +359,45 @@ def test_a_nonfinite_gradient_or_weight_is_named(tmp_path, capsys, monkeypatch):
             lambda p: os.truncate(p / "model/model.safetensors", 99),
             "model.safetensors has 99 bytes",
         ),
-        (lambda p: flip(p / "trainer.pt"), "trainer.pt has changed since it was written"),
+        (lambda p: flip(p / "trainer.safetensors"), "trainer.safetensors has changed since"),
         (lambda p: (p / "state.json").unlink(), "No such file or directory"),
         (lambda p: (p / "manifest.json").write_text("{"), "is unreadable: "),
         (lambda p: (p / "manifest.json").write_text("[1]"), "is unreadable: "),
         (lambda p: (p / "manifest.json").unlink(), "is unreadable: "),
     ],
 )
-def test_a_damaged_checkpoint_is_one_clear_error(tiny, tmp_path, capsys, damage, message):
+def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
+    tiny, tmp_path, capsys, damage, message
+):
     folder = cut(tiny, tmp_path / "run", 6)
     checkpoint, before = folder / "checkpoints" / "step_000006", metrics(folder)
     damage(checkpoint)
+    # where it was asked for by name, it is an error
+    assert cli.main(["--resume", str(checkpoint)]) == 2
+    err = capsys.readouterr().err
+    if (checkpoint / "manifest.json").exists():  # else this is no checkpoint's name
+        assert err.startswith(f"error: checkpoint {checkpoint} is unreadable")
+        assert message in err
+        assert f"--resume {checkpoint.with_name('step_000004')} may still work" in err
+    assert metrics(folder) == before  # nothing was changed
+    assert cli.main(["--resume", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"NOTE checkpoint {checkpoint} is unreadable" in out
+    assert message in out
+    assert f"run: {folder}, resumed at step 4" in out
+    assert_same_run(tiny, folder)
+
+
+def test_when_every_checkpoint_is_damaged_nothing_begins(tiny, tmp_path, capsys):
+    folder = cut(tiny, tmp_path / "run", 4)
+    before = metrics(folder)
+    for path in ckpt.list_checkpoints(folder / "checkpoints"):
+        (path / "manifest.json").unlink()
     assert cli.main(["--resume", str(folder)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: checkpoint {checkpoint} is unreadable")
-    assert message in err
-    assert f"--resume {checkpoint.with_name('step_000004')} may still work" in err
-    assert metrics(folder) == before  # nothing was changed
-    assert cli.main(["--resume", str(checkpoint.with_name("step_000004"))]) == 0
-    assert_same_run(tiny, folder)
+    assert err.count("is unreadable") == 2
+    assert "no other is left" in err
+    assert metrics(folder) == before
 
 
 def flip(path: Path) -> None:
@@ -389,7 +409,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("part", ["weights", "optimiser"])
 def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, capsys, monkeypatch, part):
     """The third checkpoint meets a full disk in the middle of a file."""
-    name = {"weights": "model.safetensors", "optimiser": "trainer.pt"}[part]
+    name = {"weights": "model.safetensors", "optimiser": "trainer.safetensors"}[part]
     calls = []
 
     def half_written(path: Path) -> None:
@@ -399,9 +419,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, capsys, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if part == "optimiser":
-        real = torch.save
+        real = ckpt.save_file
         monkeypatch.setattr(
-            torch, "save", lambda value, path: half_written(path) or real(value, path)
+            ckpt, "save_file", lambda value, path: half_written(path) or real(value, path)
         )
     else:
         from transformers import PreTrainedModel
