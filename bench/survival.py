@@ -2,8 +2,9 @@
 
     python -m bench.survival              # 20 kills: bench/results/<machine>/survival.json
 
-Every third run is killed twice, every other one while it writes a checkpoint. Compared are metrics
-(seconds aside), samples, rollouts, weights, optimiser, random states and position in the data.
+Synchronous runs, and runs that sample two steps ahead. Every third one is killed twice, every other
+one while it writes a checkpoint. Compared are metrics (seconds aside), samples, rollouts, weights,
+optimiser, random states and position in the data.
 """
 
 import argparse
@@ -52,7 +53,10 @@ SETTINGS = {
     "log.tensorboard": "false",
 }
 
-RUNS: dict[str, dict[str, str]] = {"synchronous": {}}
+RUNS: dict[str, dict[str, str]] = {
+    "synchronous": {},
+    "two steps ahead": {"rollout.max_staleness": "2"},
+}
 
 
 def reward(prompt: str, completion: str, answer: str) -> float:

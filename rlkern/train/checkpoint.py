@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlkern.rollout import Rollouts
 from rlkern.train import TrainError
 
 MANIFEST, TRAINER, STATE = "manifest.json", "trainer.safetensors", "state.json"
@@ -34,6 +35,7 @@ def save_checkpoint(
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    ahead: dict[int, Rollouts],
 ) -> None:
     """Writes `folder`/step_<step> and drops all but the last `keep`; a failure drops nothing."""
     target, part = folder / f"step_{step:06d}", folder / f".part_{step:06d}"
@@ -45,6 +47,8 @@ def save_checkpoint(
         model.save_pretrained(part / "model")
         tokenizer.save_pretrained(part / "model")
         save_file(_tensors(optimizer), part / TRAINER)
+        for number, rollouts in ahead.items():
+            rollouts.save(rollouts_of(part, number))
         (part / STATE).write_text(json.dumps({"step": step, **state, **_streams()}))
         files = [path for path in part.rglob("*") if path.is_file()]
         manifest = {str(f.relative_to(part)): [f.stat().st_size, _crc(f)] for f in files}
@@ -63,6 +67,11 @@ def save_checkpoint(
         ) from error
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
+
+
+def rollouts_of(path: Path, step: int) -> Path:
+    """Where a checkpoint keeps rollouts that were drawn ahead for a later step."""
+    return path / "ahead" / f"step_{step:06d}.safetensors"
 
 
 def check_checkpoint(path: Path) -> None:

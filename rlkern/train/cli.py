@@ -121,6 +121,7 @@ def run(argv: list[str]) -> int:
             raise TrainError(f"step {trainer.step}: {advice}") from error
         raise
     finally:
+        trainer.worker.shutdown(cancel_futures=True)
         trainer.log.close()
     if not complete:
         print(f"saved at step {trainer.step}; go on: python -m rlkern.train --resume {run_dir}")

@@ -89,6 +89,7 @@ class Rollout(Section):
     max_new_tokens: Positive = 64
     temperature: Rate = 1.0
     max_sequences: Positive = 1024  # decoded at once
+    max_staleness: Count = 0  # steps that sampling runs ahead of training, on older weights
     timeout: Seconds = 0.0  # of a step's rollouts; then the run begins again at the checkpoint
     chunk: Positive | None = None  # tokens that attention shares or does not; None: the engine's
     strategy: str = "groups"  # of rlkern.rollout.strategies: latr, cure, ...
@@ -114,6 +115,8 @@ class Rollout(Section):
             self.build_strategy(lambda number, tokens: 0.0)
         except TypeError as error:
             raise ValueError(f"strategy_options: {error}") from error
+        if self.strategy == "april" and self.max_staleness:
+            raise ValueError("max_staleness does not go with april, whose groups span steps")
         if self.strategy != "groups" and self.explore > 1:
             raise ValueError(f"explore = {self.explore} is for plain groups, not {self.strategy}")
         return self
@@ -248,11 +251,15 @@ class Config(Section):
         """Whether sequences of one prompt go through the model in one packed row."""
         return self.optim.share_prefix or self.precision == "fp8-unified"
 
+    @property
+    def samples_the_trained_policy(self) -> bool:
+        return not (self.precision.endswith("-rollout") or self.rollout.max_staleness)
+
     def objective(self) -> rlkern.PolicyObjective:
         """With weights for the mismatch where the engine samples from another policy."""
         objective = self.algorithm.build()
         corrected = objective.rollout_is or objective.rollout_rs or objective.ratio_anchor != "old"
-        if not self.precision.endswith("-rollout") or corrected:
+        if self.samples_the_trained_policy or corrected:
             return objective
         options = {"rollout_is": "token", "rollout_is_threshold": 2.0} | self.algorithm.options
         return rlkern.PolicyObjective.preset(self.algorithm.objective, **options)

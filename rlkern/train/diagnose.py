@@ -14,7 +14,7 @@ FLOOR_MARGIN = 0.15
 SLOWER = "Lower optim.lr, optim.epochs or optim.updates"
 GUARDS = {  # of config.Guard -> the metric, and what to change
     "kl": ("policy/ppo_kl", f"{SLOWER}, or add algorithm.options.kl_coef"),
-    "mismatch": ("logprob_gap/kl", "Look at precision and model.dtype, or lower optim.lr"),
+    "mismatch": ("logprob_gap/kl", "Lower rollout.max_staleness or optim.lr; look at precision"),
     "ratio": ("policy/ratio_max", f"{SLOWER}, or narrow algorithm.options.epsilon_high"),
     "grad_norm": ("grad_norm", "Lower optim.lr or optim.grad_clip"),
     "max_entropy": ("entropy", "Lower optim.lr or algorithm.options.entropy_coef"),
@@ -58,8 +58,7 @@ def diagnose_step(metrics: dict[str, float], cfg: Config) -> dict[str, str]:
             f"off at rollout.max_new_tokens = {limit} without an end token. Raise it; or, if the "
             "model never ends its answers, check data.chat_template and its eos_token_id."
         )
-    quantised = cfg.precision.endswith("-rollout")  # then it is meant
-    if metrics["logprob_gap/max"] > MISMATCH and not quantised:
+    if metrics["logprob_gap/max"] > MISMATCH and cfg.samples_the_trained_policy:
         found["mismatch"] = (
             f"the trainer and the sampler disagree by {metrics['logprob_gap/max']:.3g} nats on a "
             "token: the policy that is trained is not the one that was sampled. Try model.dtype = "

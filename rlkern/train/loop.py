@@ -11,7 +11,9 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,13 @@ from rlkern.train.diagnose import (
 )
 from rlkern.train.log import RunLog
 from rlkern.train.model import encode_prompt, end_tokens, load_model
-from rlkern.train.precision import RolloutPolicy, mismatch
+from rlkern.train.precision import RolloutPolicy, mismatch, staleness
 from rlkern.train.rewards import RewardError, judge, load_reward, score
 from rlkern.train.tasks import Example
 from rlkern.train.trees import widest
+
+# what sampling gives: rollouts, the example of each of their prompts, and what it took
+Drawn = tuple[Rollouts, list[Example], dict[str, float]]
 
 
 class Trainer:
@@ -63,7 +68,16 @@ class Trainer:
         self.objective, self.reference = cfg.objective(), None
         self.strategy = cfg.rollout.build_strategy(self.reward_of)
         self.asked: dict[int, Example] = {}  # by Rollouts.prompt_ids
-        self.worker = ThreadPoolExecutor(1)  # of rollouts that have a time limit
+        self.worker = ThreadPoolExecutor(1)  # of rollouts that run ahead or have a time limit
+        self.reader = copy.deepcopy(self.tokenizer)  # the worker's: fast tokenizers are not shared
+        # by step: the cursor before its questions, and its rollouts
+        self.ahead: dict[int, tuple[int, Callable[[], Drawn] | Future[Drawn]]] = {}
+        for step, told in state.get("ahead", {}).items():
+            rollouts, _ = Rollouts.load(ckpt.rollouts_of(checkpoint, int(step)), self.device)
+            at, examples = self.questions(len(rollouts.prompt_cu_seqlens) - 1)
+            asked = dict(enumerate(examples))
+            drawn = rollouts, self.answered(rollouts, asked), told
+            self.ahead[int(step)] = at, lambda drawn=drawn: drawn
         self.optimizer = self.new_optimizer()
         if checkpoint:
             ckpt.restore_trainer(checkpoint, self.optimizer)
@@ -111,10 +125,9 @@ class Trainer:
         cfg, seed = self.cfg.warmup, self.cfg.run.seed
         rng = random.Random(f"warmup/{seed}/{self.step}")
         examples = batch_at(self.train_set, self.step * cfg.batch_size, cfg.batch_size, seed)
-        prompts, responses = [], []
+        prompts, responses = self.encoded(examples), []
         for example in examples:
             shown = self.tokenizer.encode(example.demonstrate(rng), add_special_tokens=False)
-            prompts.append(self.encode(example.prompt))
             responses.append([*shown, self.end_tokens[0]])
         batch = collate(self.tensors(prompts), self.tensors(responses))
         logprob = response_logprobs(self.model, batch).logprob
@@ -158,6 +171,7 @@ class Trainer:
             "completion/length_max": lengths.max().item(),
             "completion/truncated": rollouts.truncated.float().mean().item(),
             "entropy": entropy.mean().item(),
+            **staleness(rollouts, self.step),
             **mismatch(old_logprob, rollouts.trained(rollouts.logprob)),
             **told,
             **updates,
@@ -169,13 +183,9 @@ class Trainer:
     def collect(self) -> tuple[Rollouts, Tensor, dict[str, float]]:
         """-> rollouts and float32 rewards [S], sampled or replayed; and what sampling took."""
         cfg = self.cfg.rollout
-        synced = self.sampler.refresh(self.step)
         name = f"step_{self.step:06d}.safetensors"
-        # prompts that are half done count among those of a step
-        count = max(0, cfg.prompts - len(self.sampler.engine.kept.groups))
-        examples = batch_at(self.train_set, self.cursor, count, self.cfg.run.seed)
-        self.cursor += count
         if cfg.replay:
+            self.questions(cfg.prompts)
             try:
                 rollouts, extra = Rollouts.load(Path(cfg.replay) / name, self.device)
                 rewards = extra["rewards"].view(len(rollouts.group_ids))
@@ -185,15 +195,9 @@ class Trainer:
             if self.strategy.num_groups is None and found != cfg.prompts:
                 what = f"{name} holds {found} prompts where rollout.prompts = {cfg.prompts}"
                 raise TrainError(f"rollout.replay, step {self.step}: {what}")
-            return rollouts, rewards, synced
-        if cfg.timeout:
-            try:
-                rollouts, examples = self.worker.submit(self.draw, examples).result(cfg.timeout)
-            except TimeoutError as error:
-                what = f"no rollouts within rollout.timeout = {cfg.timeout:g} s"
-                raise EngineHang(f"step {self.step}: {what}") from error
-        else:
-            rollouts, examples = self.draw(examples)
+            return rollouts, rewards, {}
+        self.ask()
+        rollouts, examples, told = self.drawn(self.ahead.pop(self.step)[1])
         samples = self.judged(rollouts, examples, self.cfg.reward_policy)
         rewards = torch.tensor([sample["reward"] for sample in samples], device=self.device)
         if rewards.isnan().any():  # reward_policy = skip
@@ -210,7 +214,44 @@ class Trainer:
         self.log.tree(self.step, widest(rollouts, rewards))
         if cfg.save:
             rollouts.save(self.run_dir / "rollouts" / name, rewards=rewards)
-        return rollouts, rewards, synced | self.sampler.engine.stats
+        return rollouts, rewards, told
+
+    def questions(self, count: int) -> tuple[int, list[Example]]:
+        """-> the cursor as it was, and the next of them."""
+        at, self.cursor = self.cursor, self.cursor + count
+        return at, batch_at(self.train_set, at, count, self.cfg.run.seed)
+
+    def ask(self) -> None:
+        """Hands in this step's questions, and with the same weights those of steps ahead.
+
+        Step s samples with the weights from before step s - max_staleness, however fast the worker
+        is: that, and not the clock, makes a run what it is.
+        """
+        cfg, weights = self.cfg.rollout, dict(self.model.named_parameters())
+        last = min(self.step + cfg.max_staleness, self.cfg.total_steps)
+        todo = [step for step in range(self.step, last + 1) if step not in self.ahead]
+        if cfg.max_staleness and todo:
+            weights = {name: p.detach().clone() for name, p in weights.items()}
+        for step in todo:
+            # prompts that are half done count among those of a step
+            at, examples = self.questions(
+                max(0, cfg.prompts - len(self.sampler.engine.kept.groups))
+            )
+            prompts = self.encoded(examples)
+            job = partial(self.draw, step, self.step, examples, prompts, weights)
+            if cfg.timeout or cfg.max_staleness:
+                job = self.worker.submit(job)
+            self.ahead[step] = at, job
+
+    def drawn(self, job: Callable[[], Drawn] | Future[Drawn]) -> Drawn:
+        if not isinstance(job, Future):
+            return job()
+        limit = self.cfg.rollout.timeout
+        try:
+            return job.result(limit or None)
+        except TimeoutError as error:
+            what = f"no rollouts within rollout.timeout = {limit:g} s"
+            raise EngineHang(f"step {self.step}: {what}") from error
 
     @torch.no_grad()
     def logprobs(self, model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
@@ -245,7 +286,7 @@ class Trainer:
     def reward_of(self, number: int, tokens: Tensor) -> float:
         """Of a response to a prompt that this step has asked, for strategies that look at it."""
         example = self.asked[number]
-        text = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        text = self.reader.decode(tokens.tolist(), skip_special_tokens=True)
         try:
             return score(self.reward, example.prompt, text, example.answer)
         except RewardError:  # `judge` tells it
@@ -334,40 +375,55 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm.item()
 
-    def draw(self, examples: list[Example]) -> tuple[Rollouts, list[Example]]:
-        """-> rollouts of the policy that samples, and the example of each of their prompts."""
+    def draw(
+        self,
+        step: int,
+        version: int,
+        examples: list[Example],
+        prompts: list[list[int]],
+        weights: dict[str, Tensor],
+    ) -> Drawn:
+        """Rollouts for a step by the policy of these weights; it may run in the worker."""
         cfg, strategy = self.cfg.rollout, self.strategy
+        synced = self.sampler.refresh(version, weights)
         kept = self.sampler.engine.kept.count if strategy.num_groups is not None else 0
-        strategy.training_step = self.step
+        strategy.training_step = step
         self.asked |= dict(enumerate(examples, kept))
-        how = {"group_size": cfg.group_size * cfg.explore, "strategy": strategy}
+        how = {"group_size": cfg.group_size * cfg.explore, "strategy": strategy, "step": step}
         try:
-            rollouts = self.sample(self.sampler.engine, examples, "rollout", **how)
+            rollouts = self.sample(self.sampler.engine, prompts, "rollout", **how)
         except Exception as error:
             if isinstance(error, TrainError) or out_of_memory(error, self.cfg):
                 raise
-            what = f"step {self.step}: the engine failed with {type(error).__name__}: {error}"
+            what = f"step {step}: the engine failed with {type(error).__name__}: {error}"
             self.log.say(f"NOTE {what}. It begins this step again, with the same random numbers")
             self.sampler.restart()
             try:
-                rollouts = self.sample(self.sampler.engine, examples, "rollout", **how)
+                rollouts = self.sample(self.sampler.engine, prompts, "rollout", **how)
             except Exception as again:
                 raise TrainError(f"{what}, and again after a restart: {again}") from again
-        if rollouts.prompt_ids is not None:
-            examples = [self.asked.pop(number) for number in rollouts.prompt_ids.tolist()]
-        return rollouts, examples
+        examples = self.answered(rollouts, self.asked)
+        return rollouts, examples, synced | self.sampler.engine.stats
 
-    def sample(self, engine: Any, examples: list[Example], purpose: str, **how: Any) -> Rollouts:
+    def answered(self, rollouts: Rollouts, asked: dict[int, Example]) -> list[Example]:
+        """The example of each prompt, taken from those by number."""
+        ids = rollouts.prompt_ids
+        numbers = range(len(rollouts.prompt_cu_seqlens) - 1) if ids is None else ids.tolist()
+        return [asked.pop(number) for number in numbers]
+
+    def sample(
+        self, engine: Any, prompts: list[list[int]], purpose: str, step: int, **how: Any
+    ) -> Rollouts:
         try:
             return engine.generate(
-                [self.encode(example.prompt) for example in examples],
+                prompts,
                 max_new_tokens=self.cfg.rollout.max_new_tokens,
                 temperature=self.cfg.rollout.temperature,
-                generator=self.generator(purpose, self.device),
+                generator=self.generator(purpose, self.device, step),
                 **how,
             )
         except ValueError as error:  # a prompt that is empty, or too long for the model
-            raise TrainError(f"step {self.step}: {error}") from error
+            raise TrainError(f"step {step}: {error}") from error
 
     def judged(
         self, rollouts: Rollouts, examples: list[Example], policy: str
@@ -381,8 +437,8 @@ class Trainer:
 
     def answers(self, group_size: int, greedy: bool = False) -> list[float]:
         """Rewards of held-out questions: of the trainer's policy, which is what a run leaves."""
-        how = {"group_size": group_size, "greedy": greedy}
-        rollouts = self.sample(self.sampler.of_trainer, self.heldout, "eval", **how)
+        how = {"group_size": group_size, "greedy": greedy, "step": self.step}
+        rollouts = self.sample(self.sampler.of_trainer, self.encoded(self.heldout), "eval", **how)
         policy = "fail" if self.cfg.reward_policy == "fail" else "zero"
         return [s["reward"] for s in self.judged(rollouts, self.heldout, policy)]
 
@@ -423,6 +479,9 @@ class Trainer:
         )
 
     def save(self, where: str = "checkpoints") -> None:
+        """With the rollouts of steps ahead, which weights drew that are gone."""
+        drawn = {step: self.drawn(job) for step, (_, job) in self.ahead.items()}
+        cursor = next((at for at, _ in self.ahead.values()), self.cursor)
         ckpt.save_checkpoint(
             self.run_dir / where,
             self.step,
@@ -430,21 +489,29 @@ class Trainer:
             self.model,
             self.tokenizer,
             self.optimizer,
-            {"cursor": self.cursor, "config": self.cfg.model_dump()},
+            {
+                "cursor": cursor,
+                "config": self.cfg.model_dump(),
+                "ahead": {step: told for step, (_, _, told) in drawn.items()},
+            },
+            {step: rollouts for step, (rollouts, _, _) in drawn.items()},
         )
 
     def due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
-    def encode(self, prompt: Any) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt, self.cfg.data.chat_template)
+    def encoded(self, examples: list[Example]) -> list[list[int]]:
+        how = self.cfg.data.chat_template
+        return [encode_prompt(self.tokenizer, example.prompt, how) for example in examples]
 
     def tensors(self, lists: list[list[int]]) -> list[Tensor]:
         return [torch.tensor(ids, device=self.device) for ids in lists]
 
-    def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    def generator(
+        self, purpose: str, device: torch.device | str = "cpu", step: int | None = None
+    ) -> torch.Generator:
         """A fresh random stream for this seed, purpose and step."""
-        text = f"{self.cfg.run.seed}/{purpose}/{self.step}"
+        text = f"{self.cfg.run.seed}/{purpose}/{self.step if step is None else step}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
         return torch.Generator(device=device).manual_seed(seed)
 

@@ -30,10 +30,10 @@ def weights(folder: Path, step: int = 10) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / f"step_{step:06d}" / "model" / "model.safetensors")
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, step: int = 10) -> None:
     assert metrics(one) == metrics(other)
     assert read(one / "samples.jsonl") == read(other / "samples.jsonl")
-    first, second = weights(one), weights(other)
+    first, second = weights(one, step), weights(other, step)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
