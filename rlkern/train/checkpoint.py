@@ -65,8 +65,16 @@ def save_checkpoint(
             f"the checkpoint of step {step} could not be written to {folder}: {error}\n"
             f"  last good checkpoint: {last or 'none'}. Free some space, then use --resume"
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    tidy(folder, step, keep)
+
+
+def tidy(folder: Path, step: int, keep: int) -> None:
+    """Drops checkpoints of later steps, and of the others all but the last `keep`."""
+    paths = list_checkpoints(folder)
+    wanted = [path for path in paths if path.name <= f"step_{step:06d}"][-keep:]
+    for path in paths:
+        if path not in wanted:
+            shutil.rmtree(path)
 
 
 def rollouts_of(path: Path, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""The command line: `python -m rlkern.train [recipe] [--section.key value ...]`.
+"""The command line: `python -m rlkern.train [recipe] [--section.key value ...]`, `report RUN ...`.
 
 Exit codes: 0 done, 1 held-out accuracy under eval.min_accuracy, 2 an error with a message,
 130 interrupted.
@@ -8,7 +8,6 @@ import argparse
 import errno
 import json
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -18,13 +17,13 @@ import torch
 import transformers
 
 from rlkern.train import EngineHang, TrainError
-from rlkern.train.checkpoint import MANIFEST, check_checkpoint, last_whole, list_checkpoints
+from rlkern.train.checkpoint import MANIFEST, check_checkpoint, last_whole, tidy
 from rlkern.train.config import Config, find_recipe, load_config
 from rlkern.train.diagnose import out_of_memory
 from rlkern.train.log import read_lines, write_whole
 from rlkern.train.loop import Trainer
 from rlkern.train.model import load_model
-from rlkern.train.report import write_report
+from rlkern.train.report import report, write_report
 
 FLAGS = ("dry-run", "resume", "null", "help")
 
@@ -46,6 +45,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str]) -> int:
+    if argv[:1] == ["report"]:
+        if not argv[1:]:
+            raise TrainError("report: expected the folder of a run, or of several to compare")
+        print(f"report: {report([Path(word) for word in argv[1:]]).resolve()}")
+        return 0
     parser = argparse.ArgumentParser(
         prog="python -m rlkern.train",
         description="GRPO from a TOML recipe. Any setting: --section.key value (docs/train.md).",
@@ -96,9 +100,7 @@ def run(argv: list[str]) -> int:
     if checkpoint is None:
         write_whole(run_dir / "config.json", settings)  # from here on --resume finds a run
     trainer = Trainer(cfg, run_dir, checkpoint)
-    for other in list_checkpoints(run_dir / "checkpoints"):
-        if other.name > f"step_{trainer.step:06d}":  # of steps that are about to be redone
-            shutil.rmtree(other)
+    tidy(run_dir / "checkpoints", trainer.step, cfg.checkpoint.keep)  # later steps are done again
     write_whole(run_dir / "config.json", settings)
     trainer.log.say(describe(cfg, trainer.model))
     resumed = f", resumed at step {trainer.step}" if checkpoint else ""
@@ -154,9 +156,9 @@ def finish(cfg: Config, run_dir: Path) -> int:
     summary |= {"training_seconds": seconds, "seed": cfg.run.seed, "null": cfg.run.null}
     summary |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
-    report = write_report(run_dir, cfg, summary)
+    page = write_report(run_dir, cfg, summary)
     print(f"held-out greedy {before:.1%} -> {after:.1%}, {seconds:.0f} s of training")
-    print(f"report: {report.resolve()}")
+    print(f"report: {page.resolve()}")
     if not passed:
         print(f"FAILED: {after:.1%} is under eval.min_accuracy = {cfg.eval.min_accuracy:.1%}")
     return 0 if passed else 1

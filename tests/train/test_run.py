@@ -94,6 +94,35 @@ def test_report_is_one_file_that_loads_nothing(tiny):
     assert summary["training_seconds"] > 0
 
 
+def test_runs_are_compared_in_one_page(tiny, tmp_path, capsys):
+    for name, step in (("one", 10), ("two", 6)):
+        cut(tiny, tmp_path / "runs" / name, step)
+    log = tmp_path / "runs" / "two" / "metrics.jsonl"  # it is not done
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:7]) + '{"step": 7, "pha')
+    path = tmp_path / "runs" / "two" / "config.json"
+    path.write_text(path.read_text().replace('"lr": 0.003', '"lr": 0.25'))
+    assert cli.main(["report", *(str(tmp_path / "runs" / name) for name in ("one", "two"))]) == 0
+    page = tmp_path / "runs" / "compare.html"
+    assert capsys.readouterr().out == f"report: {page}\n"
+    text = page.read_text()
+    assert text.count("<svg") == 1
+    for name in ("one", "two"):
+        assert text.count(f"<!-- {name}: sampled reward -->") == 1  # of the legend
+    row = "".join(f"<td><code>{cell}</code></td>" for cell in ("optim.lr", 0.003, 0.25))
+    assert f"<tr>{row}</tr>" in text
+    assert "run.dir" not in text
+    rewards = [r["reward/mean"] for r in metrics(tiny) if r["phase"] == "rl"]
+    assert f"<td><code>{sum(rewards[-5:]) / 5:.3f}</code></td>" in text
+    assert f"<td><code>{sum(rewards[:2]) / 2:.3f}</code></td>" in text
+    # of one run alone, also of one that goes on
+    (tmp_path / "runs" / "two" / "summary.json").unlink()
+    assert cli.main(["report", str(tmp_path / "runs" / "two")]) == 0
+    assert "optim.grad_clip" in (tmp_path / "runs" / "two" / "report.html").read_text()
+    assert cli.main(["report"]) == 2
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "config.json: cannot be read" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny, tmp_path):
     assert cli.main(arguments(tmp_path / "again")) == 0
     assert_same_run(tiny, tmp_path / "again")

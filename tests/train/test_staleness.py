@@ -147,7 +147,8 @@ def test_it_learns_on_old_rollouts(tmp_path):
         shutil.copytree(warm / name, folder / name)
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(warm / name, folder / name)
-    words = ["--algorithm.objective", "minpro", "--algorithm.options", "{}", "--run.steps", "20"]
+    options = '{ ratio_anchor = "rollout" }'  # the paper's: to the policy that has sampled
+    words = ["--algorithm.objective", "minpro", "--algorithm.options", options]
     assert cli.main(["--resume", str(folder), *words, "--run.dir", str(folder)]) == 0
     assert greedy(folder)[1] > 0.8
     rewards = [r["reward/mean"] for r in rl(folder)]

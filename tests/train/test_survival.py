@@ -47,6 +47,13 @@ def test_killed_before_the_first_checkpoint(tiny, tmp_path):
     assert metrics(folder) == whole
 
 
+def test_killed_before_old_checkpoints_were_dropped(tiny, tmp_path):
+    folder = cut(tiny, tmp_path / "run", 10)
+    assert cli.main(["--resume", str(folder), "--checkpoint.keep", "2"]) == 0
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert kept == ["step_000008", "step_000010"]
+
+
 def test_logs_and_settings_are_replaced_whole(tiny, tmp_path, monkeypatch):
     """A kill while --resume cuts the logs back must not cost their records."""
     folder = cut(tiny, tmp_path / "run", 6)
