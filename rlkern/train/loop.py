@@ -397,7 +397,7 @@ class Trainer:
                 raise
             what = f"step {step}: the engine failed with {type(error).__name__}: {error}"
             self.log.say(f"NOTE {what}. It begins this step again, with the same random numbers")
-            self.sampler.restart()
+            self.sampler.restart(version, weights)
             try:
                 rollouts = self.sample(self.sampler.engine, prompts, "rollout", **how)
             except Exception as again:

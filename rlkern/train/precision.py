@@ -39,24 +39,26 @@ class RolloutPolicy:
         self.of_trainer = NativeEngine(model, **how)
         # groups that a step leaves half done are not for an evaluation to complete
         apart = sampler is not model or cfg.rollout.strategy == "april"
-        self.engine = NativeEngine(sampler, **how) if apart else self.of_trainer
-        self.how = how
+        self.sampler, self.how = sampler, how
+        self.engine = self.made() if apart else self.of_trainer
 
-    def restart(self) -> None:
-        """A new engine on the same weights; groups that were half done are lost."""
-        shared, version = self.engine is self.of_trainer, self.engine.version
-        self.engine = NativeEngine(self.engine.model, **self.how)
-        self.engine.bump_version(version)
-        if shared:
-            self.of_trainer = self.engine
+    def made(self) -> NativeEngine:
+        return NativeEngine(self.sampler, **self.how)
+
+    def restart(self, step: int, weights: dict[str, Tensor]) -> None:
+        """A new engine in place of one that has failed; groups that were half done are lost."""
+        shared, self.engine = self.engine is self.of_trainer, None
+        self.engine = self.made()
+        self.of_trainer = self.engine if shared else self.of_trainer
+        self.refresh(step, weights)
 
     @torch.no_grad()
     def refresh(self, step: int, weights: dict[str, Tensor]) -> dict[str, float]:
         """Brings the sampler to these weights -> share of the code bytes that moved, seconds."""
         self.engine.bump_version(step)
         if self.sync is None:
-            if self.engine.model is not self.model:
-                for name, parameter in self.engine.model.named_parameters():
+            if self.sampler is not self.model:
+                for name, parameter in self.sampler.named_parameters():
                     parameter.copy_(weights[name])
             return {}
         start = time.perf_counter()
