@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -82,7 +83,8 @@ def main() -> int:
                 print(json.dumps(runs[-1]), flush=True)
     info |= {"threads": args.threads, "transformers": transformers.__version__}
     info["load_at_end"] = [round(x, 2) for x in os.getloadavg()]
-    saved = {"kind": "sweep", "machine_info": info, "command": "make sweep"}
+    command = " ".join(["python -m bench.train_sweep", *map(shlex.quote, sys.argv[1:])])
+    saved = {"kind": "sweep", "machine_info": info, "command": command}
     saved |= {"seeds": args.seeds, "steps": args.steps, "runs": runs}
     path = args.results / info["name"] / "sweep.json"
     path.parent.mkdir(parents=True, exist_ok=True)
