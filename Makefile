@@ -17,7 +17,7 @@ PEERS := .venv-peers
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup train test test-gpu test-peers lint fmt bench docs wheel clean
+.PHONY: setup train test test-gpu test-peers lint fmt bench sweep docs wheel clean
 
 setup: $(VENV)/.built
 
@@ -71,6 +71,11 @@ bench: export OMP_PROC_BIND = true
 bench: export OMP_WAIT_POLICY = ACTIVE
 bench: setup
 	$(PY) -m pytest bench --benchmark-enable --bench-results bench/results $(ARGS)
+	$(PY) -m bench.report
+
+# every preset of the policy loss on one task: docs/train.md
+sweep: setup
+	$(PY) -m bench.train_sweep $(ARGS)
 	$(PY) -m bench.report
 
 docs: setup

@@ -112,6 +112,10 @@ def markdown(name: str, document: Path) -> str:
             parts.append(_share_prefix(path, saved, document))
         elif saved.get("kind") == "trees":
             parts.append(_trees(path, saved, document))
+        elif saved.get("kind") == "sweep":
+            parts.append(_sweep(path, saved, document))
+        elif saved.get("kind") == "survival":
+            parts.append(_survival(path, saved, document))
         elif saved.get("kind") == "rollout":
             parts.append(_rollout(path, saved, document))
         elif saved.get("kind") == "kernel_resources":
@@ -295,6 +299,48 @@ def _weight_sync(path: Path, saved: dict, document: Path) -> str:
     shape = ", ".join(f"{key} {value:,}" for key, value in saved["shape"].items())
     end = f"{shape}; one update of ±{saved['learning_rate']:g} of every master weight."
     return "\n".join([*lines, "", end, ""])
+
+
+def _sweep(path: Path, saved: dict, document: Path) -> str:
+    """What every preset has learnt after the same number of steps."""
+    head = ["preset", "reward, first 5 steps", "last 5", "least of the last 5", "greedy after"]
+    head.insert(1, "with")
+    lines = [_source(path, saved, document), "", *_head(head)]
+    for name in dict.fromkeys(run["run"] for run in saved["runs"]):
+        runs = [run for run in saved["runs"] if run["run"] == name]
+        if any(run["greedy_after"] is None for run in runs):
+            error = next(run["error"] for run in runs if run["greedy_after"] is None)
+            lines.append(_line([f"`{name}`", error.replace("|", "/"), "", "", "", ""]))
+            continue
+        curves = [run["rewards"] for run in runs]
+        cells = [
+            f"`{name}`",
+            runs[0]["options"].strip("{ }"),
+            _over_seeds([sum(c[:5]) / 5 for c in curves], "{:.3f}".format),
+            _over_seeds([sum(c[-5:]) / 5 for c in curves], "{:.3f}".format),
+            _over_seeds([min(c[-5:]) for c in curves], "{:.3f}".format),
+            _over_seeds([run["greedy_after"] for run in runs], "{:.1%}".format),
+        ]
+        lines.append(_line(cells))
+    seeds = ", ".join(str(seed) for seed in saved["seeds"])
+    end = f"{saved['steps']} steps; seeds: {seeds}."
+    return "\n".join([*lines, "", end, ""])
+
+
+def _survival(path: Path, saved: dict, document: Path) -> str:
+    """How many runs were killed how often, and how many of them ended in the same bits."""
+    head = ["runs", "killed", "of them while writing a checkpoint", "records logged by then"]
+    lines = [_source(path, saved, document), "", *_head([*head, "same bits at the end"])]
+    for name in dict.fromkeys(outcome["run"] for outcome in saved["outcomes"]):
+        outcomes = [outcome for outcome in saved["outcomes"] if outcome["run"] == name]
+        kills = [kill for outcome in outcomes for kill in outcome["kills"]]
+        logged = sorted(kill["records"] for kill in kills)
+        same = sum(not outcome["different"] for outcome in outcomes)
+        cells = [name, f"{len(kills)} times"]
+        cells += [str(sum(kill["checkpoint_half_written"] for kill in kills))]
+        cells += [f"{logged[0]} – {logged[-1]}", f"{same} of {len(outcomes)}"]
+        lines.append(_line(cells))
+    return "\n".join([*lines, ""])
 
 
 def _trees(path: Path, saved: dict, document: Path) -> str:

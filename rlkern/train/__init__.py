@@ -10,6 +10,10 @@ class TrainError(Exception):
     """Something the user can put right; printed without a traceback."""
 
 
+class EngineHang(TrainError):
+    """The engine gave no rollouts in time; nothing but a new process ends its thread."""
+
+
 def load_function(setting: str, name: str) -> Callable[..., Any]:
     """What a setting names as module:function."""
     module, _, function = str(name).partition(":")

@@ -9,7 +9,8 @@ if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.execv(sys.executable, [sys.executable, "-m", "rlkern.train", *sys.argv[1:]])
 
-from rlkern.train.cli import main
-
 if __name__ == "__main__":
+    # not above: the process of a reward (rewards.TimedReward) imports this module, too
+    from rlkern.train.cli import main
+
     sys.exit(main())

@@ -1,7 +1,8 @@
 """Checkpoints that are either whole or absent.
 
 One is written to a hidden folder, synced, listed with sizes and CRCs in `manifest.json`, and
-renamed into place. Its `model/` is an ordinary Hugging Face folder, good for `model.path`.
+renamed into place. Its `model/` is an ordinary Hugging Face folder, good for `model.path`. Tensors
+are safetensors and the rest is JSON: loading one runs no code.
 """
 
 import json
@@ -9,17 +10,21 @@ import os
 import random
 import shutil
 import zlib
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlkern.rollout import Rollouts
 from rlkern.train import TrainError
 
-MANIFEST = "manifest.json"
+MANIFEST, TRAINER, STATE = "manifest.json", "trainer.safetensors", "state.json"
 
 
 def save_checkpoint(
@@ -30,6 +35,7 @@ def save_checkpoint(
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    ahead: dict[int, Rollouts],
 ) -> None:
     """Writes `folder`/step_<step> and drops all but the last `keep`; a failure drops nothing."""
     target, part = folder / f"step_{step:06d}", folder / f".part_{step:06d}"
@@ -40,8 +46,10 @@ def save_checkpoint(
         part.mkdir()
         model.save_pretrained(part / "model")
         tokenizer.save_pretrained(part / "model")
-        torch.save({"optimizer": optimizer.state_dict(), "rng": _rng_state()}, part / "trainer.pt")
-        (part / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        save_file(_tensors(optimizer), part / TRAINER)
+        for number, rollouts in ahead.items():
+            rollouts.save(rollouts_of(part, number))
+        (part / STATE).write_text(json.dumps({"step": step, **state, **_streams()}))
         files = [path for path in part.rglob("*") if path.is_file()]
         manifest = {str(f.relative_to(part)): [f.stat().st_size, _crc(f)] for f in files}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -50,43 +58,80 @@ def save_checkpoint(
         part.rename(target)
         _sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save and safetensors turn a full disk into errors of their own.
+        # safetensors turns a full disk into an error of its own.
         shutil.rmtree(part, ignore_errors=True)
         last = latest_checkpoint(folder)
         raise TrainError(
             f"the checkpoint of step {step} could not be written to {folder}: {error}\n"
             f"  last good checkpoint: {last or 'none'}. Free some space, then use --resume"
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    tidy(folder, step, keep)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """-> its state.json, after every file was found whole."""
+def tidy(folder: Path, step: int, keep: int) -> None:
+    """Drops checkpoints of later steps, and of the others all but the last `keep`."""
+    paths = list_checkpoints(folder)
+    wanted = [path for path in paths if path.name <= f"step_{step:06d}"][-keep:]
+    for path in paths:
+        if path not in wanted:
+            shutil.rmtree(path)
+
+
+def rollouts_of(path: Path, step: int) -> Path:
+    """Where a checkpoint keeps rollouts that were drawn ahead for a later step."""
+    return path / "ahead" / f"step_{step:06d}.safetensors"
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises where a file is not as it was written."""
     try:
         for name, (size, crc) in json.loads((path / MANIFEST).read_text()).items():
             if (found := (path / name).stat().st_size) != size:
                 raise ValueError(f"{name} has {found} bytes, expected {size}")
             if _crc(path / name) != crc:
                 raise ValueError(f"{name} has changed since it was written")
-        return json.loads((path / "state.json").read_text())
     except (OSError, ValueError, AttributeError, TypeError) as error:
         others = [str(p) for p in list_checkpoints(path.parent) if p != path]
         hint = f"; --resume {others[-1]} may still work" if others else ""
         raise TrainError(f"checkpoint {path} is unreadable: {error}{hint}") from error
 
 
+def last_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """-> the newest checkpoint that is whole, None where there is none; what ails newer ones."""
+    ailing = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            check_checkpoint(path)
+            return path, ailing
+        except TrainError as error:
+            ailing.append(str(error))
+    if ailing:
+        raise TrainError("\n  ".join([*ailing, "no other is left"]))
+    return None, []
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / STATE).read_text())
+
+
 def restore_trainer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     """Optimiser and random states; the model is loaded from `path`/model before."""
-    saved = torch.load(path / "trainer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(saved["optimizer"])
-    rng = saved["rng"]
-    torch.set_rng_state(rng["torch"])
-    if rng["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(rng["cuda"])
-    version, words, gauss = rng["python"]
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in load_file(path / TRAINER).items():
+        owner, _, name = key.partition("/")
+        tensors[owner][name] = tensor
+    first, *others = (tensor for _, tensor in sorted(tensors.pop("rng").items()))
+    states = {int(number): state for number, state in tensors.items()}
+    # the settings are those of this run
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    torch.set_rng_state(first)
+    if others and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(others)
+    streams = read_state(path)
+    version, words, gauss = streams["python"]
     random.setstate((version, tuple(words), gauss))
-    name, words, *rest = rng["numpy"]
+    name, words, *rest = streams["numpy"]
     numpy.random.set_state((name, numpy.array(words, dtype=numpy.uint32), *rest))
 
 
@@ -99,13 +144,21 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return (list_checkpoints(folder) or [None])[-1]
 
 
-def _rng_state() -> dict[str, Any]:
+def _tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """<parameter>/<name> of the optimiser, rng/<device> of torch's random streams."""
+    states = optimizer.state_dict()["state"]
+    tensors = {f"{i}/{name}": t for i, state in states.items() for name, t in state.items()}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    streams = [torch.get_rng_state(), *cuda]
+    tensors |= {f"rng/{number:03d}": stream for number, stream in enumerate(streams)}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _streams() -> dict[str, Any]:
     """The trainer derives its own streams from (seed, step); these serve dropout and rewards."""
     version, words, gauss = random.getstate()
     name, numpy_words, *rest = numpy.random.get_state()
     return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": [version, list(words), gauss],
         "numpy": [name, numpy_words.tolist(), *rest],
     }

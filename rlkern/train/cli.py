@@ -1,12 +1,13 @@
-"""The command line: `python -m rlkern.train [recipe] [--section.key value ...]`.
+"""The command line: `python -m rlkern.train [recipe] [--section.key value ...]`, `report RUN ...`.
 
 Exit codes: 0 done, 1 held-out accuracy under eval.min_accuracy, 2 an error with a message,
 130 interrupted.
 """
 
 import argparse
+import errno
 import json
-import shutil
+import os
 import signal
 import sys
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 import transformers
 
-from rlkern.train import TrainError
-from rlkern.train.checkpoint import MANIFEST, latest_checkpoint, list_checkpoints
+from rlkern.train import EngineHang, TrainError
+from rlkern.train.checkpoint import MANIFEST, check_checkpoint, last_whole, tidy
 from rlkern.train.config import Config, find_recipe, load_config
-from rlkern.train.log import read_lines
+from rlkern.train.diagnose import out_of_memory
+from rlkern.train.log import read_lines, write_whole
 from rlkern.train.loop import Trainer
 from rlkern.train.model import load_model
-from rlkern.train.report import write_report
+from rlkern.train.report import report, write_report
 
 FLAGS = ("dry-run", "resume", "null", "help")
 
@@ -32,12 +34,22 @@ def main(argv: list[str] | None = None) -> int:
     except TrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: {error}. Free some space, then use --resume", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped without saving", file=sys.stderr)
         return 130
 
 
 def run(argv: list[str]) -> int:
+    if argv[:1] == ["report"]:
+        if not argv[1:]:
+            raise TrainError("report: expected the folder of a run, or of several to compare")
+        print(f"report: {report([Path(word) for word in argv[1:]]).resolve()}")
+        return 0
     parser = argparse.ArgumentParser(
         prog="python -m rlkern.train",
         description="GRPO from a TOML recipe. Any setting: --section.key value (docs/train.md).",
@@ -75,16 +87,21 @@ def run(argv: list[str]) -> int:
         return 0
 
     run_dir = origin or choose_folder(cfg, name, args.resume is not None)
-    if args.resume is not None and checkpoint is None:
-        checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    elif args.resume is not None:
+        checkpoint, ailing = last_whole(run_dir / "checkpoints")
+        for told in ailing:
+            print(f"NOTE {told}")
         if checkpoint is None:
             print(f"no checkpoint in {run_dir} yet: starting from the beginning")
     run_dir.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps(cfg.model_dump(), indent=1)
+    if checkpoint is None:
+        write_whole(run_dir / "config.json", settings)  # from here on --resume finds a run
     trainer = Trainer(cfg, run_dir, checkpoint)
-    for other in list_checkpoints(run_dir / "checkpoints"):
-        if other.name > f"step_{trainer.step:06d}":  # of steps that are about to be redone
-            shutil.rmtree(other)
-    (run_dir / "config.json").write_text(json.dumps(cfg.model_dump(), indent=1))
+    tidy(run_dir / "checkpoints", trainer.step, cfg.checkpoint.keep)  # later steps are done again
+    write_whole(run_dir / "config.json", settings)
     trainer.log.say(describe(cfg, trainer.model))
     resumed = f", resumed at step {trainer.step}" if checkpoint else ""
     trainer.log.say(f"run: {run_dir}{resumed}")
@@ -99,12 +116,31 @@ def run(argv: list[str]) -> int:
         signal.signal(signum, on_signal)
     try:
         complete = trainer.fit()
+    except EngineHang as error:
+        start_again(error, run_dir, trainer)
+    except (RuntimeError, MemoryError) as error:
+        if advice := out_of_memory(error, cfg):
+            raise TrainError(f"step {trainer.step}: {advice}") from error
+        raise
     finally:
+        trainer.worker.shutdown(cancel_futures=True)
         trainer.log.close()
     if not complete:
         print(f"saved at step {trainer.step}; go on: python -m rlkern.train --resume {run_dir}")
         return 130
     return finish(cfg, run_dir)
+
+
+def start_again(error: EngineHang, run_dir: Path, trainer: Trainer) -> None:
+    """A new process in place of this one, which goes on from the last checkpoint."""
+    trainer.log.close()
+    step, known = str(trainer.step), "RLKERN_HUNG_AT"
+    if os.environ.get(known) == step:
+        print(f"error: {error}, for the second time", file=sys.stderr, flush=True)
+        os._exit(2)  # nothing else leaves with the thread still there
+    print(f"NOTE {error}: starting again from the last checkpoint", flush=True)
+    os.environ[known] = step
+    os.execv(sys.executable, [sys.executable, "-m", "rlkern.train", "--resume", str(run_dir)])
 
 
 def finish(cfg: Config, run_dir: Path) -> int:
@@ -120,9 +156,9 @@ def finish(cfg: Config, run_dir: Path) -> int:
     summary |= {"training_seconds": seconds, "seed": cfg.run.seed, "null": cfg.run.null}
     summary |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
-    report = write_report(run_dir, cfg, summary)
+    page = write_report(run_dir, cfg, summary)
     print(f"held-out greedy {before:.1%} -> {after:.1%}, {seconds:.0f} s of training")
-    print(f"report: {report.resolve()}")
+    print(f"report: {page.resolve()}")
     if not passed:
         print(f"FAILED: {after:.1%} is under eval.min_accuracy = {cfg.eval.min_accuracy:.1%}")
     return 0 if passed else 1

@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0: no limit
 
 
 class Section(BaseModel):
@@ -88,6 +89,8 @@ class Rollout(Section):
     max_new_tokens: Positive = 64
     temperature: Rate = 1.0
     max_sequences: Positive = 1024  # decoded at once
+    max_staleness: Count = 0  # steps that sampling runs ahead of training, on older weights
+    timeout: Seconds = 0.0  # of a step's rollouts; then the run begins again at the checkpoint
     chunk: Positive | None = None  # tokens that attention shares or does not; None: the engine's
     strategy: str = "groups"  # of rlkern.rollout.strategies: latr, cure, ...
     strategy_options: dict[str, Any] = {}  # arguments of its class
@@ -112,6 +115,8 @@ class Rollout(Section):
             self.build_strategy(lambda number, tokens: 0.0)
         except TypeError as error:
             raise ValueError(f"strategy_options: {error}") from error
+        if self.strategy == "april" and self.max_staleness:
+            raise ValueError("max_staleness does not go with april, whose groups span steps")
         if self.strategy != "groups" and self.explore > 1:
             raise ValueError(f"explore = {self.explore} is for plain groups, not {self.strategy}")
         return self
@@ -177,6 +182,17 @@ class Eval(Section):
         return self
 
 
+class Guard(Section):
+    """Limits on a step's metrics (diagnose.GUARDS); beyond one the run has diverged, and stops."""
+
+    kl: Rate | None = None
+    mismatch: Rate | None = None
+    ratio: Rate | None = None
+    grad_norm: Rate | None = None
+    max_entropy: Rate | None = None
+    min_entropy: Rate | None = None
+
+
 class Checkpoint(Section):
     every: Count = 20  # steps, the warm-up's included; 0: only at the end and on Ctrl-C
     keep: Positive = 2
@@ -195,11 +211,14 @@ class Config(Section):
     # of the linear layers: bf16 leaves model.dtype, *-rollout quantises what samples alone
     precision: Literal["bf16", "fp8-unified", "fp8-rollout", "nvfp4-rollout"] = "bf16"
     reward: str = "exact"  # exact | numeric | math | countdown | module:function
+    reward_timeout: Seconds = 0.0  # of a call, which then runs in a process of its own
+    reward_policy: Literal["fail", "zero", "skip"] = "fail"  # where there is no number
     warmup: Warmup = Warmup()
     rollout: Rollout = Rollout()
     algorithm: Algorithm = Algorithm()
     optim: Optim = Optim()
     eval: Eval = Eval()
+    guard: Guard = Guard()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
 
@@ -208,6 +227,8 @@ class Config(Section):
         group, sequences = self.rollout.group_size, self.rollout.prompts * self.rollout.group_size
         if group == 1 and self.algorithm.advantage != "batch_std":
             raise ValueError("rollout.group_size = 1 leaves nothing to compare: expected >= 2")
+        if self.reward_policy == "skip" and self.rollout.explore > 1:
+            raise ValueError("reward_policy = skip does not go with rollout.explore: use zero")
         if self.optim.updates > sequences:
             raise ValueError(
                 f"optim.updates = {self.optim.updates} is more than the {sequences} sequences of a "
@@ -230,11 +251,15 @@ class Config(Section):
         """Whether sequences of one prompt go through the model in one packed row."""
         return self.optim.share_prefix or self.precision == "fp8-unified"
 
+    @property
+    def samples_the_trained_policy(self) -> bool:
+        return not (self.precision.endswith("-rollout") or self.rollout.max_staleness)
+
     def objective(self) -> rlkern.PolicyObjective:
         """With weights for the mismatch where the engine samples from another policy."""
         objective = self.algorithm.build()
         corrected = objective.rollout_is or objective.rollout_rs or objective.ratio_anchor != "old"
-        if not self.precision.endswith("-rollout") or corrected:
+        if self.samples_the_trained_policy or corrected:
             return objective
         options = {"rollout_is": "token", "rollout_is_threshold": 2.0} | self.algorithm.options
         return rlkern.PolicyObjective.preset(self.algorithm.objective, **options)

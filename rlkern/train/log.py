@@ -22,15 +22,22 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file: whoever is killed on the way leaves the old one."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
 class RunLog:
-    """Appends to the logs of `folder`, first cut back to the records up to `step`."""
+    """Appends to the logs of `folder`, first cut back to the records up to `step` (-1: none)."""
 
     def __init__(self, folder: Path, cfg: Config, step: int) -> None:
         self.cfg, self.files, self.board, self.bar = cfg, {}, None, None
         for name in ("metrics", "samples", "trees"):
             path = folder / f"{name}.jsonl"
             kept = [record for record in read_lines(path) if record["step"] <= step]
-            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
             self.files[name] = path.open("a")
         if cfg.log.tensorboard:
             try:
@@ -43,7 +50,8 @@ class RunLog:
             # The viewer hides the events of steps that are about to be repeated.
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if sys.stderr.isatty():
-            self.bar = tqdm(total=cfg.total_steps, initial=step, unit="step", dynamic_ncols=True)
+            done = max(step, 0)
+            self.bar = tqdm(total=cfg.total_steps, initial=done, unit="step", dynamic_ncols=True)
 
     def say(self, text: str) -> None:
         """A line of text that does not break the progress bar."""

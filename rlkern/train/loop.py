@@ -8,29 +8,43 @@ import copy
 import hashlib
 import math
 import random
+import shutil
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 import rlkern
 from rlkern.rollout import Rollouts, most_contrastive
 from rlkern.rollout.strategies import Strategy
-from rlkern.train import TrainError
+from rlkern.train import EngineHang, TrainError
 from rlkern.train import checkpoint as ckpt
 from rlkern.train.batch import TokenBatch, collate, collate_shared, response_logprobs
 from rlkern.train.config import Config
 from rlkern.train.data import batch_at, load_data
-from rlkern.train.diagnose import diagnose_step, diagnose_warmup, nonfinite
+from rlkern.train.diagnose import (
+    diagnose_step,
+    diagnose_warmup,
+    diverged,
+    nonfinite,
+    out_of_memory,
+)
 from rlkern.train.log import RunLog
 from rlkern.train.model import encode_prompt, end_tokens, load_model
-from rlkern.train.precision import RolloutPolicy, mismatch
-from rlkern.train.rewards import judge, load_reward, score
+from rlkern.train.precision import RolloutPolicy, mismatch, staleness
+from rlkern.train.rewards import RewardError, judge, load_reward, score
 from rlkern.train.tasks import Example
 from rlkern.train.trees import widest
+
+# what sampling gives: rollouts, the example of each of their prompts, and what it took
+Drawn = tuple[Rollouts, list[Example], dict[str, float]]
 
 
 class Trainer:
@@ -38,9 +52,10 @@ class Trainer:
 
     def __init__(self, cfg: Config, run_dir: Path, checkpoint: Path | None = None) -> None:
         self.cfg, self.run_dir = cfg, run_dir
-        state = ckpt.read_checkpoint(checkpoint) if checkpoint else {"step": 0, "cursor": 0}
+        state = ckpt.read_state(checkpoint) if checkpoint else {"step": 0, "cursor": 0}
+        transformers.set_seed(cfg.run.seed)  # for rewards and models that draw
         self.step, self.cursor = state["step"], state["cursor"]  # cursor: questions used by RL
-        self.reward = load_reward(cfg.reward)
+        self.reward = load_reward(cfg.reward, cfg.reward_timeout)
         self.train_set, heldout = load_data(cfg)
         self.heldout = heldout[: cfg.eval.max_prompts]
         self.model, self.tokenizer = load_model(cfg, checkpoint and checkpoint / "model")
@@ -53,12 +68,22 @@ class Trainer:
         self.objective, self.reference = cfg.objective(), None
         self.strategy = cfg.rollout.build_strategy(self.reward_of)
         self.asked: dict[int, Example] = {}  # by Rollouts.prompt_ids
+        self.worker = ThreadPoolExecutor(1)  # of rollouts that run ahead or have a time limit
+        self.reader = copy.deepcopy(self.tokenizer)  # the worker's: fast tokenizers are not shared
+        # by step: the cursor before its questions, and its rollouts
+        self.ahead: dict[int, tuple[int, Callable[[], Drawn] | Future[Drawn]]] = {}
+        for step, told in state.get("ahead", {}).items():
+            rollouts, _ = Rollouts.load(ckpt.rollouts_of(checkpoint, int(step)), self.device)
+            at, examples = self.questions(len(rollouts.prompt_cu_seqlens) - 1)
+            asked = dict(enumerate(examples))
+            drawn = rollouts, self.answered(rollouts, asked), told
+            self.ahead[int(step)] = at, lambda drawn=drawn: drawn
         self.optimizer = self.new_optimizer()
         if checkpoint:
             ckpt.restore_trainer(checkpoint, self.optimizer)
-        self.log = RunLog(run_dir, cfg, self.step)
+        self.log = RunLog(run_dir, cfg, self.step if checkpoint else -1)
         before, now = state.get("config"), cfg.model_dump(mode="json")
-        if before and (changed := [k for k in now if now[k] != before[k] and k != "run"]):
+        if before and (changed := [k for k in now if now[k] != before.get(k) and k != "run"]):
             self.log.say(f"NOTE resumed with other settings in: {', '.join(changed)}")
         self.told: set[str] = set()
         self.stop = False  # set by a signal: finish this step, save, leave
@@ -84,6 +109,8 @@ class Trainer:
                 )
             self.log.metrics({"step": self.step, "phase": phase, **metrics})
             self.advise(phase, metrics)
+            if phase == "rl" and (told := diverged(metrics, cfg)):
+                self.leave(told)
             last = self.step == cfg.total_steps
             if rl_steps == 0 or last or (rl_steps > 0 and self.due(cfg.eval.every, rl_steps)):
                 self.evaluate()
@@ -98,10 +125,9 @@ class Trainer:
         cfg, seed = self.cfg.warmup, self.cfg.run.seed
         rng = random.Random(f"warmup/{seed}/{self.step}")
         examples = batch_at(self.train_set, self.step * cfg.batch_size, cfg.batch_size, seed)
-        prompts, responses = [], []
+        prompts, responses = self.encoded(examples), []
         for example in examples:
             shown = self.tokenizer.encode(example.demonstrate(rng), add_special_tokens=False)
-            prompts.append(self.encode(example.prompt))
             responses.append([*shown, self.end_tokens[0]])
         batch = collate(self.tensors(prompts), self.tensors(responses))
         logprob = response_logprobs(self.model, batch).logprob
@@ -118,8 +144,7 @@ class Trainer:
         """Rollouts and rewards, advantages, old log-probs, minibatch updates."""
         cfg = self.cfg
         start = time.perf_counter()
-        synced = self.sampler.refresh(self.step)
-        rollouts, rewards, told = self.collect()
+        rollouts, rewards, told = self.seen = self.collect()
         sampled = time.perf_counter()
         kind = cfg.algorithm.advantage
         advantages = rlkern.group_advantage(rewards, rollouts.group_ids, kind=kind)
@@ -146,8 +171,8 @@ class Trainer:
             "completion/length_max": lengths.max().item(),
             "completion/truncated": rollouts.truncated.float().mean().item(),
             "entropy": entropy.mean().item(),
+            **staleness(rollouts, self.step),
             **mismatch(old_logprob, rollouts.trained(rollouts.logprob)),
-            **synced,
             **told,
             **updates,
             "time/rollout": sampled - start,
@@ -159,11 +184,8 @@ class Trainer:
         """-> rollouts and float32 rewards [S], sampled or replayed; and what sampling took."""
         cfg = self.cfg.rollout
         name = f"step_{self.step:06d}.safetensors"
-        # prompts that are half done count among those of a step
-        count = max(0, cfg.prompts - len(self.sampler.engine.kept.groups))
-        examples = batch_at(self.train_set, self.cursor, count, self.cfg.run.seed)
-        self.cursor += count
         if cfg.replay:
+            self.questions(cfg.prompts)
             try:
                 rollouts, extra = Rollouts.load(Path(cfg.replay) / name, self.device)
                 rewards = extra["rewards"].view(len(rollouts.group_ids))
@@ -174,8 +196,16 @@ class Trainer:
                 what = f"{name} holds {found} prompts where rollout.prompts = {cfg.prompts}"
                 raise TrainError(f"rollout.replay, step {self.step}: {what}")
             return rollouts, rewards, {}
-        rollouts, samples = self.sample(examples, cfg.group_size * cfg.explore, "rollout")
+        self.ask()
+        rollouts, examples, told = self.drawn(self.ahead.pop(self.step)[1])
+        samples = self.judged(rollouts, examples, self.cfg.reward_policy)
         rewards = torch.tensor([sample["reward"] for sample in samples], device=self.device)
+        if rewards.isnan().any():  # reward_policy = skip
+            kept = (~rewards.isnan()).nonzero()[:, 0]
+            if not len(kept):
+                raise TrainError(f"step {self.step}: not one completion got a reward")
+            rollouts, rewards = rollouts.select(kept), rewards[kept]
+            samples = [samples[i] for i in kept.tolist()]
         if cfg.explore > 1:
             kept = most_contrastive(rewards.view(cfg.prompts, -1), cfg.group_size)
             rollouts, rewards = rollouts.select(kept), rewards[kept]
@@ -184,7 +214,44 @@ class Trainer:
         self.log.tree(self.step, widest(rollouts, rewards))
         if cfg.save:
             rollouts.save(self.run_dir / "rollouts" / name, rewards=rewards)
-        return rollouts, rewards, self.sampler.engine.stats
+        return rollouts, rewards, told
+
+    def questions(self, count: int) -> tuple[int, list[Example]]:
+        """-> the cursor as it was, and the next of them."""
+        at, self.cursor = self.cursor, self.cursor + count
+        return at, batch_at(self.train_set, at, count, self.cfg.run.seed)
+
+    def ask(self) -> None:
+        """Hands in this step's questions, and with the same weights those of steps ahead.
+
+        Step s samples with the weights from before step s - max_staleness, however fast the worker
+        is: that, and not the clock, makes a run what it is.
+        """
+        cfg, weights = self.cfg.rollout, dict(self.model.named_parameters())
+        last = min(self.step + cfg.max_staleness, self.cfg.total_steps)
+        todo = [step for step in range(self.step, last + 1) if step not in self.ahead]
+        if cfg.max_staleness and todo:
+            weights = {name: p.detach().clone() for name, p in weights.items()}
+        for step in todo:
+            # prompts that are half done count among those of a step
+            at, examples = self.questions(
+                max(0, cfg.prompts - len(self.sampler.engine.kept.groups))
+            )
+            prompts = self.encoded(examples)
+            job = partial(self.draw, step, self.step, examples, prompts, weights)
+            if cfg.timeout or cfg.max_staleness:
+                job = self.worker.submit(job)
+            self.ahead[step] = at, job
+
+    def drawn(self, job: Callable[[], Drawn] | Future[Drawn]) -> Drawn:
+        if not isinstance(job, Future):
+            return job()
+        limit = self.cfg.rollout.timeout
+        try:
+            return job.result(limit or None)
+        except TimeoutError as error:
+            what = f"no rollouts within rollout.timeout = {limit:g} s"
+            raise EngineHang(f"step {self.step}: {what}") from error
 
     @torch.no_grad()
     def logprobs(self, model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
@@ -219,8 +286,13 @@ class Trainer:
     def reward_of(self, number: int, tokens: Tensor) -> float:
         """Of a response to a prompt that this step has asked, for strategies that look at it."""
         example = self.asked[number]
-        text = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-        return score(self.reward, example.prompt, text, example.answer)
+        text = self.reader.decode(tokens.tolist(), skip_special_tokens=True)
+        try:
+            return score(self.reward, example.prompt, text, example.answer)
+        except RewardError:  # `judge` tells it
+            if self.cfg.reward_policy == "fail":
+                raise
+            return 0.0
 
     def update(
         self,
@@ -303,41 +375,80 @@ class Trainer:
         self.optimizer.zero_grad()
         return norm.item()
 
-    def sample(
-        self, examples: list[Example], group_size: int, purpose: str, greedy: bool = False
-    ) -> tuple[Rollouts, list[dict[str, Any]]]:
-        """-> rollouts, and {prompt, completion, answer, reward} of each sequence."""
-        cfg = self.cfg.rollout
-        # what a run leaves is the trainer's policy: that is what is judged
-        trains = purpose == "rollout"
-        engine = self.sampler.engine if trains else self.sampler.of_trainer
-        if trains:
-            self.strategy.training_step = self.step
-            first = engine.kept.count if self.strategy.num_groups is not None else 0
-            self.asked |= dict(enumerate(examples, first))
+    def draw(
+        self,
+        step: int,
+        version: int,
+        examples: list[Example],
+        prompts: list[list[int]],
+        weights: dict[str, Tensor],
+    ) -> Drawn:
+        """Rollouts for a step by the policy of these weights; it may run in the worker."""
+        cfg, strategy = self.cfg.rollout, self.strategy
+        synced = self.sampler.refresh(version, weights)
+        kept = self.sampler.engine.kept.count if strategy.num_groups is not None else 0
+        strategy.training_step = step
+        self.asked |= dict(enumerate(examples, kept))
+        how = {"group_size": cfg.group_size * cfg.explore, "strategy": strategy, "step": step}
         try:
-            rollouts = engine.generate(
-                [self.encode(example.prompt) for example in examples],
-                group_size=group_size,
-                max_new_tokens=cfg.max_new_tokens,
-                temperature=cfg.temperature,
-                greedy=greedy,
-                strategy=self.strategy if trains else None,
-                generator=self.generator(purpose, self.device),
+            rollouts = self.sample(self.sampler.engine, prompts, "rollout", **how)
+        except Exception as error:
+            if isinstance(error, TrainError) or out_of_memory(error, self.cfg):
+                raise
+            what = f"step {step}: the engine failed with {type(error).__name__}: {error}"
+            self.log.say(f"NOTE {what}. It begins this step again, with the same random numbers")
+            self.sampler.restart(version, weights)
+            try:
+                rollouts = self.sample(self.sampler.engine, prompts, "rollout", **how)
+            except Exception as again:
+                raise TrainError(f"{what}, and again after a restart: {again}") from again
+        examples = self.answered(rollouts, self.asked)
+        return rollouts, examples, synced | self.sampler.engine.stats
+
+    def answered(self, rollouts: Rollouts, asked: dict[int, Example]) -> list[Example]:
+        """The example of each prompt, taken from those by number."""
+        ids = rollouts.prompt_ids
+        numbers = range(len(rollouts.prompt_cu_seqlens) - 1) if ids is None else ids.tolist()
+        return [asked.pop(number) for number in numbers]
+
+    def sample(
+        self, engine: Any, prompts: list[list[int]], purpose: str, step: int, **how: Any
+    ) -> Rollouts:
+        try:
+            return engine.generate(
+                prompts,
+                max_new_tokens=self.cfg.rollout.max_new_tokens,
+                temperature=self.cfg.rollout.temperature,
+                generator=self.generator(purpose, self.device, step),
+                **how,
             )
         except ValueError as error:  # a prompt that is empty, or too long for the model
-            raise TrainError(f"step {self.step}: {error}") from error
-        if trains and rollouts.prompt_ids is not None:
-            examples = [self.asked.pop(number) for number in rollouts.prompt_ids.tolist()]
-        return rollouts, judge(rollouts, examples, self.tokenizer, self.reward)
+            raise TrainError(f"step {step}: {error}") from error
+
+    def judged(
+        self, rollouts: Rollouts, examples: list[Example], policy: str
+    ) -> list[dict[str, Any]]:
+        """{prompt, completion, answer, reward} of each sequence."""
+        samples, errors = judge(rollouts, examples, self.tokenizer, self.reward, policy)
+        if errors:
+            count = f"{len(errors)} of {len(samples)} completions got no reward"
+            self.log.say(f"NOTE step {self.step}: {count}: reward_policy = {policy}. {errors[0]}")
+        return samples
+
+    def answers(self, group_size: int, greedy: bool = False) -> list[float]:
+        """Rewards of held-out questions: of the trainer's policy, which is what a run leaves."""
+        how = {"group_size": group_size, "greedy": greedy, "step": self.step}
+        rollouts = self.sample(self.sampler.of_trainer, self.encoded(self.heldout), "eval", **how)
+        policy = "fail" if self.cfg.reward_policy == "fail" else "zero"
+        return [s["reward"] for s in self.judged(rollouts, self.heldout, policy)]
 
     def evaluate(self) -> None:
         """Held-out accuracy; a completion is right at a reward of 1 or more."""
         start, n = time.perf_counter(), self.cfg.eval.samples
-        greedy = [s["reward"] for s in self.sample(self.heldout, 1, "eval", greedy=True)[1]]
+        greedy = self.answers(1, greedy=True)
         scores = {"eval/greedy": mean([r >= 1 for r in greedy]), "eval/reward": mean(greedy)}
         if self.cfg.eval.k:
-            right = [s["reward"] >= 1 for s in self.sample(self.heldout, n, "eval")[1]]
+            right = [reward >= 1 for reward in self.answers(n)]
             counts = [sum(right[i : i + n]) for i in range(0, len(right), n)]
             for k in self.cfg.eval.k:
                 scores[f"eval/pass@{k}"] = mean([pass_at_k(n, c, k) for c in counts])
@@ -355,29 +466,52 @@ class Trainer:
             self.log.say(f"NOTE step {self.step}: {found[name]}")
         self.told = set(found)
 
-    def save(self) -> None:
+    def leave(self, told: str) -> None:
+        """Saves a run that has diverged, for a look at it, beside its checkpoints."""
+        folder, last = self.run_dir / "diverged", self.run_dir / "checkpoints"
+        shutil.rmtree(folder, ignore_errors=True)
+        self.save("diverged")
+        rollouts, rewards, _ = self.seen
+        rollouts.save(folder / "rollouts.safetensors", rewards=rewards)
+        raise TrainError(
+            f"step {self.step}: {told}.\n  this state and its rollouts: {folder}\n"
+            f"  --resume goes on from: {ckpt.latest_checkpoint(last) or 'the beginning'}"
+        )
+
+    def save(self, where: str = "checkpoints") -> None:
+        """With the rollouts of steps ahead, which weights drew that are gone."""
+        drawn = {step: self.drawn(job) for step, (_, job) in self.ahead.items()}
+        cursor = next((at for at, _ in self.ahead.values()), self.cursor)
         ckpt.save_checkpoint(
-            self.run_dir / "checkpoints",
+            self.run_dir / where,
             self.step,
             self.cfg.checkpoint.keep,
             self.model,
             self.tokenizer,
             self.optimizer,
-            {"cursor": self.cursor, "config": self.cfg.model_dump()},
+            {
+                "cursor": cursor,
+                "config": self.cfg.model_dump(),
+                "ahead": {step: told for step, (_, _, told) in drawn.items()},
+            },
+            {step: rollouts for step, (rollouts, _, _) in drawn.items()},
         )
 
     def due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
-    def encode(self, prompt: Any) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt, self.cfg.data.chat_template)
+    def encoded(self, examples: list[Example]) -> list[list[int]]:
+        how = self.cfg.data.chat_template
+        return [encode_prompt(self.tokenizer, example.prompt, how) for example in examples]
 
     def tensors(self, lists: list[list[int]]) -> list[Tensor]:
         return [torch.tensor(ids, device=self.device) for ids in lists]
 
-    def generator(self, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
+    def generator(
+        self, purpose: str, device: torch.device | str = "cpu", step: int | None = None
+    ) -> torch.Generator:
         """A fresh random stream for this seed, purpose and step."""
-        text = f"{self.cfg.run.seed}/{purpose}/{self.step}"
+        text = f"{self.cfg.run.seed}/{purpose}/{self.step if step is None else step}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
         return torch.Generator(device=device).manual_seed(seed)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import rlkern
 from rlkern.quant import WeightSync, quantize_model
-from rlkern.rollout import NativeEngine
+from rlkern.rollout import NativeEngine, Rollouts
 from rlkern.train.config import Config
 from rlkern.train.model import logit_options
 
@@ -31,21 +31,38 @@ class RolloutPolicy:
             recipe = RECIPES[cfg.precision]
             sampler = quantize_model(copy.deepcopy(model), recipe).requires_grad_(False).eval()
             self.sync = WeightSync(sampler)
+        elif cfg.rollout.max_staleness:
+            sampler = copy.deepcopy(model).requires_grad_(False).eval()
         if cfg.precision == "fp8-unified":
             quantize_model(model, recipe, trains=True)
             how["score"] = scorer(sampler)
         self.of_trainer = NativeEngine(model, **how)
         # groups that a step leaves half done are not for an evaluation to complete
         apart = sampler is not model or cfg.rollout.strategy == "april"
-        self.engine = NativeEngine(sampler, **how) if apart else self.of_trainer
+        self.sampler, self.how = sampler, how
+        self.engine = self.made() if apart else self.of_trainer
 
-    def refresh(self, step: int) -> dict[str, float]:
-        """Brings the sampler up to date -> the share of code bytes that moved, and the seconds."""
+    def made(self) -> NativeEngine:
+        return NativeEngine(self.sampler, **self.how)
+
+    def restart(self, step: int, weights: dict[str, Tensor]) -> None:
+        """A new engine in place of one that has failed; groups that were half done are lost."""
+        shared, self.engine = self.engine is self.of_trainer, None
+        self.engine = self.made()
+        self.of_trainer = self.engine if shared else self.of_trainer
+        self.refresh(step, weights)
+
+    @torch.no_grad()
+    def refresh(self, step: int, weights: dict[str, Tensor]) -> dict[str, float]:
+        """Brings the sampler to these weights -> share of the code bytes that moved, seconds."""
         self.engine.bump_version(step)
         if self.sync is None:
+            if self.sampler is not self.model:
+                for name, parameter in self.sampler.named_parameters():
+                    parameter.copy_(weights[name])
             return {}
         start = time.perf_counter()
-        report = self.sync.update(dict(self.model.named_parameters()))
+        report = self.sync.update(weights)
         share = report.changed_bytes / report.num_bytes
         return {"sync/changed": share, "time/sync": time.perf_counter() - start}
 
@@ -65,6 +82,14 @@ def scorer(model: Any):
         return out.logprob
 
     return score
+
+
+def staleness(rollouts: Rollouts, step: int) -> dict[str, float]:
+    """How many steps the weights that drew a token are behind."""
+    if rollouts.versions is None:
+        return {}
+    age = (step - rollouts.trained(rollouts.versions)).float()
+    return {"staleness/mean": age.mean().item(), "staleness/max": age.max().item()}
 
 
 def mismatch(trained: Tensor, sampled: Tensor) -> dict[str, float]:

@@ -4,6 +4,8 @@ import importlib
 import math
 import re
 from collections.abc import Callable
+from multiprocessing import get_context
+from threading import Lock
 from typing import Any
 
 from rlkern.rollout import Rollouts
@@ -54,7 +56,57 @@ def countdown(prompt: Any, completion: str, answer: Any) -> float:
 BUILT_IN = {"exact": exact, "numeric": numeric, "math": math_equal, "countdown": countdown}
 
 
-def load_reward(name: str) -> Reward:
+class RewardError(TrainError):
+    """No number for a completion, and which one it was."""
+
+
+class TimedReward:
+    """A reward in a process of its own, which is ended when a call takes longer than `seconds`."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.name, self.seconds, self.child, self.lock = name, seconds, None, Lock()
+
+    def __call__(self, prompt: Any, completion: str, answer: Any) -> float:
+        with self.lock:
+            if self.child is None:
+                context = get_context("forkserver")  # a copy of one that has imported this
+                context.set_forkserver_preload([__name__])
+                self.pipe, theirs = context.Pipe()
+                self.child = context.Process(target=_serve, args=(self.name, theirs), daemon=True)
+                self.child.start()
+                theirs.close()
+                self.pipe.recv()  # it has loaded the reward
+            self.pipe.send((prompt, completion, answer))
+            try:
+                if not self.pipe.poll(self.seconds):
+                    raise TimeoutError(f"no answer within reward_timeout = {self.seconds:g} s")
+                error, value = self.pipe.recv()
+            except (TimeoutError, EOFError, OSError):
+                self.child.kill()
+                self.child.join()
+                self.child = None
+                raise
+        if error:
+            raise RuntimeError(error)
+        return value
+
+
+def _serve(name: str, pipe: Any) -> None:
+    reward = load_reward(name)
+    pipe.send("ready")
+    while True:
+        arguments = pipe.recv()
+        try:
+            pipe.send(("", reward(*arguments)))
+        except Exception as error:
+            pipe.send((f"{type(error).__name__}: {error}", None))
+
+
+def load_reward(name: str, timeout: float = 0.0) -> Reward:
+    """timeout: in seconds, for a call; 0: none, and no process of its own."""
+    if timeout:
+        load_reward(name)  # what is wrong with the setting shows here
+        return TimedReward(name, timeout)
     if name == "math":
         try:
             importlib.import_module("math_verify")
@@ -77,24 +129,34 @@ def score(reward: Reward, prompt: Any, completion: str, answer: Any) -> float:
         value = reward(prompt, completion, answer)
     except Exception as error:
         what = f"the reward function raised {type(error).__name__}: {error}"
-        raise TrainError(f"{what}\n  on {where}") from error
+        raise RewardError(f"{what}\n  on {where}") from error
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise TrainError(f"the reward function returned {value!r}, not a number\n  on {where}")
+        raise RewardError(f"the reward function returned {value!r}, not a number\n  on {where}")
     return number
 
 
 def judge(
-    rollouts: Rollouts, examples: list[Example], tokenizer: Any, reward: Reward
-) -> list[dict[str, Any]]:
-    """One {prompt, completion, answer, reward} per sequence; `examples` has one per prompt."""
-    samples = []
+    rollouts: Rollouts, examples: list[Example], tokenizer: Any, reward: Reward, policy: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One {prompt, completion, answer, reward} per sequence; `examples` has one per prompt.
+
+    policy: where there is no reward, "fail" raises, "zero" gives 0 and "skip" gives NaN. These
+    errors are returned, too.
+    """
+    samples, errors = [], []
     for group, ids in zip(rollouts.group_ids.tolist(), rollouts.responses(), strict=True):
         prompt, answer = examples[group].prompt, examples[group].answer
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-        value = score(reward, prompt, text, answer)
+        try:
+            value = score(reward, prompt, text, answer)
+        except RewardError as error:
+            if policy == "fail":
+                raise
+            value = 0.0 if policy == "zero" else math.nan
+            errors.append(str(error))
         samples.append({"prompt": prompt, "completion": text, "answer": answer, "reward": value})
-    return samples
+    return samples, errors

@@ -1,5 +1,8 @@
 """Reward functions that the tests name as `sample_rewards:<name>`."""
 
+import os
+import time
+
 
 def distinct(prompt, completion, answer):
     """Differs between almost any two answers, so that every group has a signal."""
@@ -33,3 +36,20 @@ def text(prompt, completion, answer):
 def trace(number, prompt):
     """For PrefixRL: response tokens that somebody else is said to have given."""
     return prompt[:3]
+
+
+def sleeps(prompt, completion, answer):
+    """Never answers for completions that begin with the answer's last digit."""
+    if completion.startswith(answer[-1]):
+        time.sleep(1000)
+    return distinct(prompt, completion, answer)
+
+
+def dies(prompt, completion, answer):
+    os._exit(3)
+
+
+def sometimes_raises(prompt, completion, answer):
+    if completion.startswith(answer[-1]):
+        raise KeyError("no such unit")
+    return distinct(prompt, completion, answer)

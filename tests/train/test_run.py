@@ -30,10 +30,10 @@ def weights(folder: Path, step: int = 10) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / f"step_{step:06d}" / "model" / "model.safetensors")
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, step: int = 10) -> None:
     assert metrics(one) == metrics(other)
     assert read(one / "samples.jsonl") == read(other / "samples.jsonl")
-    first, second = weights(one), weights(other)
+    first, second = weights(one, step), weights(other, step)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -92,6 +92,35 @@ def test_report_is_one_file_that_loads_nothing(tiny):
     summary = json.loads((tiny / "summary.json").read_text())
     assert summary["passed"] is True
     assert summary["training_seconds"] > 0
+
+
+def test_runs_are_compared_in_one_page(tiny, tmp_path, capsys):
+    for name, step in (("one", 10), ("two", 6)):
+        cut(tiny, tmp_path / "runs" / name, step)
+    log = tmp_path / "runs" / "two" / "metrics.jsonl"  # it is not done
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:7]) + '{"step": 7, "pha')
+    path = tmp_path / "runs" / "two" / "config.json"
+    path.write_text(path.read_text().replace('"lr": 0.003', '"lr": 0.25'))
+    assert cli.main(["report", *(str(tmp_path / "runs" / name) for name in ("one", "two"))]) == 0
+    page = tmp_path / "runs" / "compare.html"
+    assert capsys.readouterr().out == f"report: {page}\n"
+    text = page.read_text()
+    assert text.count("<svg") == 1
+    for name in ("one", "two"):
+        assert text.count(f"<!-- {name}: sampled reward -->") == 1  # of the legend
+    row = "".join(f"<td><code>{cell}</code></td>" for cell in ("optim.lr", 0.003, 0.25))
+    assert f"<tr>{row}</tr>" in text
+    assert "run.dir" not in text
+    rewards = [r["reward/mean"] for r in metrics(tiny) if r["phase"] == "rl"]
+    assert f"<td><code>{sum(rewards[-5:]) / 5:.3f}</code></td>" in text
+    assert f"<td><code>{sum(rewards[:2]) / 2:.3f}</code></td>" in text
+    # of one run alone, also of one that goes on
+    (tmp_path / "runs" / "two" / "summary.json").unlink()
+    assert cli.main(["report", str(tmp_path / "runs" / "two")]) == 0
+    assert "optim.grad_clip" in (tmp_path / "runs" / "two" / "report.html").read_text()
+    assert cli.main(["report"]) == 2
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "config.json: cannot be read" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tiny, tmp_path):
@@ -359,25 +388,45 @@ def test_a_nonfinite_gradient_or_weight_is_named(tmp_path, capsys, monkeypatch):
             lambda p: os.truncate(p / "model/model.safetensors", 99),
             "model.safetensors has 99 bytes",
         ),
-        (lambda p: flip(p / "trainer.pt"), "trainer.pt has changed since it was written"),
+        (lambda p: flip(p / "trainer.safetensors"), "trainer.safetensors has changed since"),
         (lambda p: (p / "state.json").unlink(), "No such file or directory"),
         (lambda p: (p / "manifest.json").write_text("{"), "is unreadable: "),
         (lambda p: (p / "manifest.json").write_text("[1]"), "is unreadable: "),
         (lambda p: (p / "manifest.json").unlink(), "is unreadable: "),
     ],
 )
-def test_a_damaged_checkpoint_is_one_clear_error(tiny, tmp_path, capsys, damage, message):
+def test_a_damaged_checkpoint_is_told_and_the_one_before_used(
+    tiny, tmp_path, capsys, damage, message
+):
     folder = cut(tiny, tmp_path / "run", 6)
     checkpoint, before = folder / "checkpoints" / "step_000006", metrics(folder)
     damage(checkpoint)
+    # where it was asked for by name, it is an error
+    assert cli.main(["--resume", str(checkpoint)]) == 2
+    err = capsys.readouterr().err
+    if (checkpoint / "manifest.json").exists():  # else this is no checkpoint's name
+        assert err.startswith(f"error: checkpoint {checkpoint} is unreadable")
+        assert message in err
+        assert f"--resume {checkpoint.with_name('step_000004')} may still work" in err
+    assert metrics(folder) == before  # nothing was changed
+    assert cli.main(["--resume", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"NOTE checkpoint {checkpoint} is unreadable" in out
+    assert message in out
+    assert f"run: {folder}, resumed at step 4" in out
+    assert_same_run(tiny, folder)
+
+
+def test_when_every_checkpoint_is_damaged_nothing_begins(tiny, tmp_path, capsys):
+    folder = cut(tiny, tmp_path / "run", 4)
+    before = metrics(folder)
+    for path in ckpt.list_checkpoints(folder / "checkpoints"):
+        (path / "manifest.json").unlink()
     assert cli.main(["--resume", str(folder)]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"error: checkpoint {checkpoint} is unreadable")
-    assert message in err
-    assert f"--resume {checkpoint.with_name('step_000004')} may still work" in err
-    assert metrics(folder) == before  # nothing was changed
-    assert cli.main(["--resume", str(checkpoint.with_name("step_000004"))]) == 0
-    assert_same_run(tiny, folder)
+    assert err.count("is unreadable") == 2
+    assert "no other is left" in err
+    assert metrics(folder) == before
 
 
 def flip(path: Path) -> None:
@@ -389,7 +438,7 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("part", ["weights", "optimiser"])
 def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, capsys, monkeypatch, part):
     """The third checkpoint meets a full disk in the middle of a file."""
-    name = {"weights": "model.safetensors", "optimiser": "trainer.pt"}[part]
+    name = {"weights": "model.safetensors", "optimiser": "trainer.safetensors"}[part]
     calls = []
 
     def half_written(path: Path) -> None:
@@ -399,9 +448,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tiny, tmp_path, capsys, monk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if part == "optimiser":
-        real = torch.save
+        real = ckpt.save_file
         monkeypatch.setattr(
-            torch, "save", lambda value, path: half_written(path) or real(value, path)
+            ckpt, "save_file", lambda value, path: half_written(path) or real(value, path)
         )
     else:
         from transformers import PreTrainedModel
