@@ -1,0 +1,45 @@
+"""Models of two layers, and engines for them."""
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+from rlkern.rollout import VllmEngine
+
+EOS = [1, 2]
+SHAPE = {
+    "vocab_size": 48,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 3,  # not one that ends a sequence here
+}
+
+
+def tiny(kind=Qwen3Config, seed=0, dtype=torch.float32, **options):
+    torch.manual_seed(seed)
+    config = kind(**SHAPE | {"tie_word_embeddings": False} | options)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+ALIVE = []
+
+
+def engine_of(model, **options):
+    options = {"eos_token_ids": EOS, "block_size": 32, "kv_cache_memory_bytes": 2**26} | options
+    # an engine that ends takes vLLM's process group away from the others
+    ALIVE.append(VllmEngine(model, **options))
+    return ALIVE[-1]
+
+
+KINDS = {
+    "qwen3": {},
+    "llama, tied": {"kind": LlamaConfig, "tie_word_embeddings": True},
+    "qwen3, bfloat16": {"dtype": torch.bfloat16},
+}
