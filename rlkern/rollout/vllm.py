@@ -9,9 +9,11 @@ vLLM is imported where an engine is made, and nowhere else.
 
 import contextlib
 import copy
+import gc
 import os
 import random
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,7 @@ class VllmEngine:
             and values.
 
     vLLM makes a process group of torch.distributed with one rank: a trainer that has ranks of its
-    own needs it in another process. It also has one state for all engines of a process, which an
-    engine that is dropped takes with it.
+    own needs it in another process.
 
     Raises:
         RuntimeError: vLLM cannot be imported, or was told to run in processes of its own.
@@ -90,14 +91,14 @@ class VllmEngine:
             self.eager = options["enforce_eager"]
             if isinstance(model, (str, Path)):
                 self.shapes, self.ties = _shapes(Path(model)), set()
-                self.llm = vllm.LLM(str(model), **options)
+                self.llm = _made(vllm.LLM(str(model), **options))
                 return
             with tempfile.TemporaryDirectory() as folder:
                 config = copy.deepcopy(model.config)
                 config.architectures = [type(model).__name__]
                 config.save_pretrained(folder)
                 options = {"load_format": "dummy", "dtype": model.dtype, **options}
-                self.llm = vllm.LLM(folder, **options)
+                self.llm = _made(vllm.LLM(folder, **options))
         weights = dict(model.named_parameters())
         self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         self.ties = dict(model.named_parameters(remove_duplicate=False)).keys() - weights.keys()
@@ -254,6 +255,18 @@ class VllmEngine:
         if self.on_cpu:
             raise RuntimeError("VllmEngine.wake: vLLM has no sleep mode on a CPU")
         self.llm.wake_up()
+
+
+def _made(llm: Any) -> Any:
+    """When it is dropped it frees what is its own, and leaves other engines the process group.
+
+    vLLM's finaliser ends the group for all; its gc.freeze would keep what nothing holds any more.
+    """
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    gc.unfreeze()
+    weakref.finalize(client, client.engine_core.model_executor.shutdown)
+    return llm
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -89,6 +89,8 @@ class Rollout(Section):
     temperature: Rate = 1.0
     max_sequences: Positive = 1024  # decoded at once
     chunk: Positive | None = None  # tokens that attention shares or does not; None: the engine's
+    engine: Literal["native", "vllm"] = "native"
+    engine_options: dict[str, Any] = {}  # of vllm.LLM: max_model_len, kv_cache_memory_bytes, ...
     strategy: str = "groups"  # of rlkern.rollout.strategies: latr, cure, ...
     strategy_options: dict[str, Any] = {}  # arguments of its class
     save: bool = False  # to <run>/rollouts
@@ -114,6 +116,15 @@ class Rollout(Section):
             raise ValueError(f"strategy_options: {error}") from error
         if self.strategy != "groups" and self.explore > 1:
             raise ValueError(f"explore = {self.explore} is for plain groups, not {self.strategy}")
+        if self.engine == "vllm" and self.strategy != "groups":
+            raise ValueError(
+                f"engine = 'vllm' does not go with strategy = {self.strategy!r}: vLLM neither "
+                "forks nor prunes branches while it decodes"
+            )
+        if self.engine == "vllm" and self.chunk is not None:
+            raise ValueError("engine = 'vllm' does not go with chunk: its attention has its own")
+        if self.engine == "native" and self.engine_options:
+            raise ValueError("engine_options are vLLM's: expected engine = 'vllm'")
         return self
 
 
@@ -218,6 +229,11 @@ class Config(Section):
                 f"model.attention = {self.model.attention} goes neither with optim.share_prefix "
                 "nor with precision = fp8-unified: packed trees have their own"
             )
+        if self.rollout.engine == "vllm" and self.precision != "bf16":
+            raise ValueError(
+                f"rollout.engine = 'vllm' does not go with precision = {self.precision}: its codes "
+                "are those of the native engine, vLLM samples at model.dtype"
+            )
         if self.optim.share_prefix and self.optim.updates > self.rollout.prompts:
             raise ValueError(
                 f"optim.share_prefix does not go with optim.updates = {self.optim.updates}: "
@@ -234,7 +250,8 @@ class Config(Section):
         """With weights for the mismatch where the engine samples from another policy."""
         objective = self.algorithm.build()
         corrected = objective.rollout_is or objective.rollout_rs or objective.ratio_anchor != "old"
-        if not self.precision.endswith("-rollout") or corrected:
+        same = self.rollout.engine == "native" and not self.precision.endswith("-rollout")
+        if same or corrected:
             return objective
         options = {"rollout_is": "token", "rollout_is_threshold": 2.0} | self.algorithm.options
         return rlkern.PolicyObjective.preset(self.algorithm.objective, **options)

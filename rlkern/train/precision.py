@@ -1,4 +1,4 @@
-"""Which policy samples: the trainer's own, or a quantised copy that is kept in step with it."""
+"""Which policy samples: the trainer's own, or a copy of it that is kept in step."""
 
 import copy
 import time
@@ -9,7 +9,8 @@ from torch import Tensor
 
 import rlkern
 from rlkern.quant import WeightSync, quantize_model
-from rlkern.rollout import NativeEngine
+from rlkern.rollout import NativeEngine, VllmEngine
+from rlkern.train import TrainError
 from rlkern.train.config import Config
 from rlkern.train.model import logit_options
 
@@ -37,10 +38,22 @@ class RolloutPolicy:
         self.of_trainer = NativeEngine(model, **how)
         # groups that a step leaves half done are not for an evaluation to complete
         apart = sampler is not model or cfg.rollout.strategy == "april"
-        self.engine = NativeEngine(sampler, **how) if apart else self.of_trainer
+        self.engine: NativeEngine | VllmEngine = self.of_trainer
+        if cfg.rollout.engine == "vllm":
+            how = {"eos_token_ids": end_tokens, "max_sequences": cfg.rollout.max_sequences}
+            try:
+                self.engine = VllmEngine(model, **how | cfg.rollout.engine_options)
+            except (RuntimeError, ValueError) as error:  # not there, or not of this model
+                raise TrainError(f"rollout.engine = 'vllm': {error}") from error
+        elif apart:
+            self.engine = NativeEngine(sampler, **how)
 
     def refresh(self, step: int) -> dict[str, float]:
         """Brings the sampler up to date -> the share of code bytes that moved, and the seconds."""
+        if isinstance(self.engine, VllmEngine):
+            start = time.perf_counter()
+            self.engine.update_weights(dict(self.model.named_parameters()), step)
+            return {"time/sync": time.perf_counter() - start}
         self.engine.bump_version(step)
         if self.sync is None:
             return {}

@@ -1,6 +1,8 @@
 """vLLM's CPU build against Hugging Face: the same tokens, log-probs and weights."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -206,6 +208,14 @@ def test_the_process_stays_as_it_was():
     loss = model(torch.tensor(PROMPTS[:1])).logits.sum()
     loss.backward()  # the engine's copies are its own
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_an_engine_that_is_dropped_is_gone_and_leaves_the_others(pair):
+    model, engine = pair
+    dropped = weakref.ref(engine_of(model).llm)
+    gc.collect()
+    assert dropped() is None
+    generate(engine)
 
 
 @pytest.mark.parametrize(

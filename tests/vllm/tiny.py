@@ -28,14 +28,9 @@ def tiny(kind=Qwen3Config, seed=0, dtype=torch.float32, **options):
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-ALIVE = []
-
-
 def engine_of(model, **options):
     options = {"eos_token_ids": EOS, "block_size": 32, "kv_cache_memory_bytes": 2**26} | options
-    # an engine that ends takes vLLM's process group away from the others
-    ALIVE.append(VllmEngine(model, **options))
-    return ALIVE[-1]
+    return VllmEngine(model, **options)
 
 
 KINDS = {
@@ -43,3 +38,8 @@ KINDS = {
     "llama, tied": {"kind": LlamaConfig, "tie_word_embeddings": True},
     "qwen3, bfloat16": {"dtype": torch.bfloat16},
 }
+
+
+def distinct(prompt, completion, answer):
+    """A reward that a model gets which knows nothing: the share of characters that differ."""
+    return len(set(completion)) / max(1, len(completion))
