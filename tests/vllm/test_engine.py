@@ -7,12 +7,27 @@ import weakref
 import pytest
 import torch
 from tiny import EOS, SHAPE, engine_of, tiny
+from transformers import LlamaConfig
 
 # not "vllm" alone: this folder would do for it
 pytest.importorskip("vllm.platforms")
 pytestmark = pytest.mark.no_poison  # vLLM reads memory that it has not written, and masks it
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [*range(4, 44)]]
+
+
+KINDS = {
+    "qwen3": {},
+    "llama, tied": {"kind": LlamaConfig, "tie_word_embeddings": True},
+    "qwen3, bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request):
+    """A model, and an engine that samples from a copy of it."""
+    model = tiny(**KINDS[request.param])
+    return model, engine_of(model)
 
 
 def seeded(seed):

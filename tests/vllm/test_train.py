@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny  # noqa: F401
 import torch
 
 from rlkern.rollout import Rollouts

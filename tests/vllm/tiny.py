@@ -1,7 +1,13 @@
 """Models of two layers, and engines for them."""
 
+import os
+
+# before vLLM is imported: nothing here may go to a network
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from rlkern.rollout import VllmEngine
 
@@ -31,13 +37,6 @@ def tiny(kind=Qwen3Config, seed=0, dtype=torch.float32, **options):
 def engine_of(model, **options):
     options = {"eos_token_ids": EOS, "block_size": 32, "kv_cache_memory_bytes": 2**26} | options
     return VllmEngine(model, **options)
-
-
-KINDS = {
-    "qwen3": {},
-    "llama, tied": {"kind": LlamaConfig, "tie_word_embeddings": True},
-    "qwen3, bfloat16": {"dtype": torch.bfloat16},
-}
 
 
 def distinct(prompt, completion, answer):
