@@ -7,6 +7,7 @@ its width, with a short prompt and with a shared one of 1,024 tokens. No sequenc
 is kind to `generate`: it would go on computing those that have. Rounds in turns, medians.
 """
 
+import importlib
 import importlib.util
 import json
 import os
@@ -80,7 +81,7 @@ def measure(case: Case) -> dict:
     }
 
     if VLLM:
-        engines["vllm"] = VllmEngine(model, eos_token_ids=[model.config.vocab_size])
+        engines["vllm"] = VllmEngine(model, eos_token_ids=[-1])
 
     def native(engine: NativeEngine | VllmEngine) -> int:
         rollouts = engine.generate(prompts, group_size=GROUP, max_new_tokens=case.new)
@@ -128,9 +129,9 @@ def main() -> int:
     saved = {
         "kind": "rollout",
         "machine_info": info,
-        "command": "python -m bench.rollout",
+        "command": f"{'.venv-vllm/bin/' * VLLM}python -m bench.rollout",
         "transformers": transformers.__version__,
-        **({"vllm": version("vllm")} if VLLM else {}),
+        **({"vllm": importlib.import_module("vllm").__version__} if VLLM else {}),
         "group": GROUP,
         "models": SIZES,
         "rows": rows,

@@ -172,12 +172,14 @@ class VllmEngine:
                 "VllmEngine.generate: expected group_size >= 1, max_new_tokens >= 1 and "
                 f"temperature > 0, got {group_size}, {max_new_tokens} and {temperature}"
             )
-        limit = self.llm.model_config.max_model_len
+        config = self.llm.model_config
+        limit = config.max_model_len
         if (need := max(map(len, prompts)) + max_new_tokens) > limit:
             raise ValueError(
                 f"VllmEngine.generate: longest prompt + max_new_tokens = {need} tokens, but vLLM "
                 f"was made for {limit} (max_model_len)"
             )
+        ends = [i for i in self.eos if 0 <= i < config.get_vocab_size()]  # vLLM takes no others
         count = len(prompts) * group_size
         seeds: list[int | None] = [None] * count
         if generator is not None:
@@ -192,7 +194,7 @@ class VllmEngine:
                 top_p=1.0 if greedy else top_p,
                 min_p=0.0 if greedy else min_p,
                 seed=seed,
-                stop_token_ids=self.eos,
+                stop_token_ids=ends,
                 ignore_eos=True,  # the model's own: these are those of `stop_token_ids`
                 logprobs=0,  # of the sampled token alone
                 flat_logprobs=True,

@@ -148,6 +148,13 @@ def test_the_model_s_own_end_token_does_not_end_a_sequence(pair):
     assert (inside == SHAPE["eos_token_id"]).any()
 
 
+def test_an_end_token_that_is_in_no_vocabulary_ends_nothing(pair):
+    engine, before = pair[1], pair[1].eos
+    engine.eos = [-1, SHAPE["vocab_size"]]
+    assert bool(generate(engine).truncated.all())
+    engine.eos = before
+
+
 def test_sampling_follows_the_probabilities(pair):
     model, engine = pair
     rollouts = generate(engine, [PROMPTS[0]], group_size=4000, max_new_tokens=1)
