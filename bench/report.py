@@ -370,15 +370,20 @@ def _rollout(path: Path, saved: dict, document: Path) -> str:
     """Tokens a second of the native engine over those of transformers' generate."""
     head = ["model", "dtype", "prompts x samples", "prompt", "new tokens"]
     head += ["rlkern / generate", "unshared / generate", "KV reads saved"]
+    head += ["rlkern / vLLM"] if "vllm" in saved else []
     lines = [_source(path, saved, document), "", *_head(head)]
     for row in saved["rows"]:
         rates = row["tokens_per_second"]
         cells = [row["model"], row["dtype"], f"{row['prompts']} x {saved['group']}"]
         cells += [f"{row['prompt']:,}", f"{row['new']:,}", _times(row["speedup"])]
         cells += [_times(rates["unshared"] / rates["generate"]), f"{row['kv_saved']:.0%}"]
+        cells += [_times(row["over_vllm"])] if "vllm" in saved else []
         lines.append(_line(cells))
     load = saved["machine_info"]["load_at_end"][-1]
-    end = f"transformers {saved['transformers']}. Load average over 15 minutes: {load}."
+    peers = f"transformers {saved['transformers']}"
+    if "vllm" in saved:
+        peers += f", vLLM {saved['vllm']} on the CPU, without torch.compile"
+    end = f"{peers}. Load average over 15 minutes: {load}."
     return "\n".join([*lines, "", end, ""])
 
 

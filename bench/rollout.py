@@ -1,12 +1,14 @@
 """Group rollouts by `NativeEngine` against Hugging Face `generate`: results/<machine>/rollout.json.
 
-    python -m bench.rollout
+    python -m bench.rollout                        # in .venv-vllm: beside vLLM's CPU build too
 
 Groups of 8 samples, by a randomly initialised model of the demo's size and by one of three times
 its width, with a short prompt and with a shared one of 1,024 tokens. No sequence ends early, which
 is kind to `generate`: it would go on computing those that have. Rounds in turns, medians.
 """
 
+import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -20,10 +22,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench.harness import ROOT
 from bench.machine import machine
-from rlkern.rollout import NativeEngine
+from rlkern.rollout import NativeEngine, VllmEngine
 
 GROUP = 8
 ROUNDS = 5
+VLLM = importlib.util.find_spec("vllm") is not None
 SIZES = {
     "demo": {"vocab_size": 40, "hidden_size": 128, "intermediate_size": 384, "heads": 4},
     "wide": {"vocab_size": 32000, "hidden_size": 384, "intermediate_size": 1152, "heads": 6},
@@ -77,7 +80,10 @@ def measure(case: Case) -> dict:
         "unshared": NativeEngine(model, eos_token_ids=[-1], share=False),
     }
 
-    def native(engine: NativeEngine) -> int:
+    if VLLM:
+        engines["vllm"] = VllmEngine(model, eos_token_ids=[-1])
+
+    def native(engine: NativeEngine | VllmEngine) -> int:
         rollouts = engine.generate(prompts, group_size=GROUP, max_new_tokens=case.new)
         return len(rollouts.tokens)
 
@@ -108,6 +114,7 @@ def measure(case: Case) -> dict:
         "tokens_per_second": rates,
         "spread": spread,
         "speedup": rates["rlkern"] / rates["generate"],
+        **({"over_vllm": rates["rlkern"] / rates["vllm"]} if VLLM else {}),
         "kv_saved": engines["rlkern"].stats["rollout/kv_saved"],
     }
 
@@ -122,8 +129,9 @@ def main() -> int:
     saved = {
         "kind": "rollout",
         "machine_info": info,
-        "command": "python -m bench.rollout",
+        "command": f"{'.venv-vllm/bin/' * VLLM}python -m bench.rollout",
         "transformers": transformers.__version__,
+        **({"vllm": importlib.import_module("vllm").__version__} if VLLM else {}),
         "group": GROUP,
         "models": SIZES,
         "rows": rows,

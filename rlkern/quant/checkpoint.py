@@ -2,7 +2,8 @@
 
 compressed-tensors  weight, weight_scale                                          of FP8
                     weight_packed, weight_scale, weight_global_scale = 1 / ours   of NVFP4
-modelopt            weight, weight_scale, weight_scale_2 = ours
+modelopt            weight, weight_scale (rows, 1, columns, 1)                    of FP8
+                    weight, weight_scale, weight_scale_2 = ours                   of NVFP4
 """
 
 import json
@@ -102,6 +103,8 @@ def _tensors(
             else:
                 named = {"weight_packed": layer.data, "weight_scale": layer.scale}
                 named |= {"weight_global_scale": _divisor(g)}
+        elif format == "modelopt":
+            named["weight_scale"] = layer.scale[:, None, :, None]
         elif layer.recipe.format == "fp8_tensor":
             named["weight_scale"] = layer.scale.reshape(1)
         if layer.bias is not None:
@@ -147,7 +150,8 @@ def _compressed_tensors(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
 
 def _modelopt_inner(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
     if recipe.format == "nvfp4":
-        return {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": kept}
+        # "NVFP4" would have vLLM look for scales of activations, which nobody has written
+        return {"quant_algo": "W4A16_NVFP4", "group_size": 16, "exclude_modules": kept}
     return {"quant_algo": "FP8_PB_WO", "exclude_modules": kept}
 
 

@@ -3,5 +3,6 @@
 from rlkern.rollout.engine import Engine, Rollouts
 from rlkern.rollout.explore import most_contrastive
 from rlkern.rollout.native import NativeEngine
+from rlkern.rollout.vllm import VllmEngine
 
-__all__ = ["Engine", "NativeEngine", "Rollouts", "most_contrastive"]
+__all__ = ["Engine", "NativeEngine", "Rollouts", "VllmEngine", "most_contrastive"]

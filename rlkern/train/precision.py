@@ -1,4 +1,4 @@
-"""Which policy samples: the trainer's own, or a quantised copy that is kept in step with it."""
+"""Which policy samples: the trainer's own, or a copy of it that is kept in step."""
 
 import copy
 import time
@@ -9,7 +9,8 @@ from torch import Tensor
 
 import rlkern
 from rlkern.quant import WeightSync, quantize_model
-from rlkern.rollout import NativeEngine, Rollouts
+from rlkern.rollout import NativeEngine, Rollouts, VllmEngine
+from rlkern.train import TrainError
 from rlkern.train.config import Config
 from rlkern.train.model import logit_options
 
@@ -31,7 +32,7 @@ class RolloutPolicy:
             recipe = RECIPES[cfg.precision]
             sampler = quantize_model(copy.deepcopy(model), recipe).requires_grad_(False).eval()
             self.sync = WeightSync(sampler)
-        elif cfg.rollout.max_staleness:
+        elif cfg.rollout.max_staleness and cfg.rollout.engine == "native":
             sampler = copy.deepcopy(model).requires_grad_(False).eval()
         if cfg.precision == "fp8-unified":
             quantize_model(model, recipe, trains=True)
@@ -39,11 +40,18 @@ class RolloutPolicy:
         self.of_trainer = NativeEngine(model, **how)
         # groups that a step leaves half done are not for an evaluation to complete
         apart = sampler is not model or cfg.rollout.strategy == "april"
-        self.sampler, self.how = sampler, how
+        apart |= cfg.rollout.engine == "vllm"
+        self.cfg, self.sampler, self.how = cfg, sampler, how
         self.engine = self.made() if apart else self.of_trainer
 
-    def made(self) -> NativeEngine:
-        return NativeEngine(self.sampler, **self.how)
+    def made(self) -> NativeEngine | VllmEngine:
+        if self.cfg.rollout.engine == "native":
+            return NativeEngine(self.sampler, **self.how)
+        how = {name: self.how[name] for name in ("eos_token_ids", "max_sequences")}
+        try:
+            return VllmEngine(self.model, **how | self.cfg.rollout.engine_options)
+        except (RuntimeError, ValueError) as error:  # not there, or not of this model
+            raise TrainError(f"rollout.engine = 'vllm': {error}") from error
 
     def restart(self, step: int, weights: dict[str, Tensor]) -> None:
         """A new engine in place of one that has failed; groups that were half done are lost."""
@@ -55,6 +63,10 @@ class RolloutPolicy:
     @torch.no_grad()
     def refresh(self, step: int, weights: dict[str, Tensor]) -> dict[str, float]:
         """Brings the sampler to these weights -> share of the code bytes that moved, seconds."""
+        if isinstance(self.engine, VllmEngine):
+            start = time.perf_counter()
+            self.engine.update_weights(weights, step)
+            return {"time/sync": time.perf_counter() - start}
         self.engine.bump_version(step)
         if self.sync is None:
             if self.sampler is not self.model:

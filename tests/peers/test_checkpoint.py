@@ -73,7 +73,7 @@ def test_modelopt_s_names_and_direction(tmp_path):
             # a multiplier: amax / 2688
             assert_same_bits("global", held[f"{name}.weight_scale_2"], layer.global_scale)
     text = json.loads((tmp_path / "hf_quant_config.json").read_text())["quantization"]
-    assert text == {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}
+    assert text == {"quant_algo": "W4A16_NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "modelopt"
 

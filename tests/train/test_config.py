@@ -27,6 +27,16 @@ BAD = [
     ({"optim.updates": "999"}, "optim.updates = 999 is more than the 512 sequences"),
     ({"algorithm.objective": "grpoo"}, "ppo"),
     ({"algorithm.options.epsilonn": "1"}, "algorithm: options: "),
+    (
+        {"rollout.engine": "vllm", "rollout.strategy": "cure"},
+        "engine = 'vllm' does not go with strategy = 'cure': vLLM neither forks nor prunes",
+    ),
+    ({"rollout.engine": "vllm", "rollout.chunk": "4"}, "'vllm' does not go with chunk"),
+    (
+        {"rollout.engine": "vllm", "precision": "fp8-rollout"},
+        "rollout.engine = 'vllm' does not go with precision = fp8-rollout",
+    ),
+    ({"rollout.engine_options.seed": "1"}, "engine_options are vLLM's: expected engine = 'vllm'"),
     ({"reward.name": "1"}, "--reward.name: reward is a value, not a section"),
 ]
 

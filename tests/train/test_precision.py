@@ -73,6 +73,8 @@ def test_a_run_that_is_resumed_has_the_same_policy(tmp_path):
 def test_importance_weights_are_the_default_of_quantised_rollouts():
     assert config("bf16").objective().rollout_is is None
     assert config("fp8-unified").objective().rollout_is is None
+    values = {"data": {"task": "sort"}, "rollout": {"engine": "vllm"}}
+    assert build_config(values, {}, "test").objective().rollout_is == "token"
     default = config("fp8-rollout").objective()
     assert (default.rollout_is, default.rollout_is_threshold) == ("token", 2.0)
     assert default.rollout_is_mode == "truncate"
