@@ -1,6 +1,6 @@
 """The KV tree under random operations against a dense dictionary, compiled with the sanitizers.
 
-FUZZ_OPERATIONS=1500000 FUZZ_SEED=77 pytest tests/csrc/test_tree.py    is the long run of docs/kv.md
+FUZZ_OPERATIONS=1500000 FUZZ_SEED=7 pytest tests/csrc/test_tree.py    is the long run of docs/kv.md
 """
 
 import os
