@@ -108,9 +108,13 @@ RLK_HD void correction_step(const PolicyParams& params, const Tokens& t, float* 
 // Whether none of `count` tokens counts: the end of a padded row, which costs no formula.
 template <int64_t count>
 RLK_HD bool none_counts(const uint8_t* counts) {
-  uint64_t words[(count + 7) / 8] = {}, any = 0;
-  std::memcpy(words, counts, count);
-  for (uint64_t word : words) any |= word;
+  constexpr int64_t kWord = count < 8 ? count : 8;
+  uint64_t any = 0;
+  for (int64_t i = 0; i < count; i += kWord) {
+    uint64_t word = 0;
+    std::memcpy(&word, counts + i, kWord);
+    any |= word;
+  }
   return any == 0;
 }
 
@@ -120,34 +124,36 @@ constexpr bool is_long(SurrogateKind kind) {
          kind == SurrogateKind::kGammaWeight || kind == SurrogateKind::kDppoKl;
 }
 
-template <SurrogateKind kKind, class F>
+// own: the ratio is that of the token to old_logprob. What neither asks for is not read.
+template <SurrogateKind kKind, bool kOwn, bool kCorrected, class F>
 RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& out) {
   PolicyParams p = params;
   PolicyStats<F> stats = out;
-  const bool corrected = bool(t.correction);
   // what is not given reads as anything, for a choice of addresses in place of one by the token
   const Column any{t.logprob};
-  const Column statistic = t.statistic ? t.statistic : any, length = t.length ? t.length : any,
-               correction = corrected ? t.correction : any;
+  const Column statistic = t.statistic ? t.statistic : any, length = t.length ? t.length : any;
   const float* const anchor = p.from_rollout ? t.rollout_logprob : t.old_logprob;
-  p.from_rollout = true;
+  p.from_rollout = !kOwn;
+  if (kOwn) p.level = Level::kToken;
   const auto input = [&](int64_t i) __attribute__((always_inline)) {
     const Reader<F> read{i};
-    PolicyInput<F> in;  // the rest is not read
+    PolicyInput<F> in{};
     in.logprob = read(t.logprob);
     in.old_logprob = read(t.old_logprob);
-    in.rollout_logprob = read(anchor);
     in.advantage = read(t.advantage);
     in.weight = read(t.weight);
-    in.statistic = read(statistic);
-    in.length = read(length);
-    in.correction = read(correction);
+    if constexpr (!kOwn) {
+      in.rollout_logprob = read(anchor);
+      in.statistic = read(statistic);
+      in.length = read(length);
+    }
+    if constexpr (kCorrected) in.correction = read(t.correction);
     return in;
   };
   const auto finish = [&](int64_t i, const PolicyInput<F>& in, const PolicyToken<F>& token,
                           Surrogate<F> s) __attribute__((always_inline)) {
     const auto counts = Flags<F>::load(t.counts + i);
-    const F grad = policy_surrogate<kKind>(p, in, corrected, counts, token, s, stats);
+    const F grad = policy_surrogate<kKind>(p, in, kCorrected, counts, token, s, stats);
     if (t.grad) store_as(t.grad + i, grad);
   };
   const auto skip = [&](int64_t i) __attribute__((always_inline)) {
@@ -233,13 +239,22 @@ RLK_HD void entropy_step(const PolicyParams& params, const Tokens& t, PolicyStat
                });
 }
 
-// A loop by surrogate, without a choice inside.
+// A loop by surrogate and by what it reads, without a choice inside.
 template <class F, size_t... kKinds>
 RLK_HD void surrogate_step(const PolicyParams& p, const Tokens& t, PolicyStats<F>& stats,
                            std::index_sequence<kKinds...>) {
-  const auto kind = static_cast<size_t>(p.surrogate);
-  ((kind == kKinds ? surrogate_step<static_cast<SurrogateKind>(kKinds)>(p, t, stats) : void()),
-   ...);
+  const auto run = [&]<bool kOwn, bool kCorrected>() __attribute__((always_inline)) {
+    const auto kind = static_cast<size_t>(p.surrogate);
+    ((kind == kKinds
+          ? surrogate_step<static_cast<SurrogateKind>(kKinds), kOwn, kCorrected>(p, t, stats)
+          : void()),
+     ...);
+  };
+  const bool own = p.level == Level::kToken && !p.from_rollout;
+  if (t.correction)
+    own ? run.template operator()<true, true>() : run.template operator()<false, true>();
+  else
+    own ? run.template operator()<true, false>() : run.template operator()<false, false>();
 }
 
 // The count is a multiple of kStride. counts is that of the tokens; corrected has room for as many.
@@ -386,8 +401,8 @@ RLK_HD void walk_least(const float* live, const float* anchor, const uint8_t* co
   for (; i + kStep <= count; i += kStep) {
     const auto counted = Flags<F>::load(counts + i);
     const F x = load_as<F>(live + i) - load_as<F>(anchor + i);
-    const auto kept = is_above(x, carry) | is_equal(x, carry);  // not where either is NaN
-    if (!Lanes<F>::any(counted & ~kept)) {
+    // kept: not where either is NaN
+    if (!Lanes<F>::any(counted & ~is_at_least(x, carry))) {
       if (out) store_as(out + i, carry + x);
       continue;
     }
@@ -736,6 +751,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
         drifted[kChunk], kl_mean[kChunk], length[kChunk], corrected[kChunk];
     alignas(64) uint8_t counts[kChunk];
     Padding padding;
+    const bool one_weight = !params.divide_by_length;
+    if (one_weight) kVersion.fill(weight, kStride, policy_weight(shared, false, 0));
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, num_tokens);
       Tokens tokens = in.tokens(begin, end - begin);
@@ -743,7 +760,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       tokens.grad = grad_out ? grad_out + begin : nullptr;
       tokens.grad_entropy = grad_entropy_out ? grad_entropy_out + begin : nullptr;
       if (!in.per_token) tokens.advantage.data = advantage;
-      tokens.weight.data = weight;
+      tokens.weight = {weight, one_weight ? 0 : -1};
       if (params.level != Level::kToken) tokens.statistic.data = statistic;
       if (params.level == Level::kProduct) tokens.length.data = length;
       if (correct) tokens.correction.data = correction;
@@ -767,7 +784,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
           column.by_token = alone ? 0 : -1;
         };
         if (!in.per_token) spread(tokens.advantage, advantage, in.advantage[i]);
-        spread(tokens.weight, weight, policy_weight(shared, params.divide_by_length, length_of(i)));
+        if (!one_weight) spread(tokens.weight, weight, policy_weight(shared, true, length_of(i)));
         if (own_statistic) spread(tokens.statistic, statistic, stats[i].statistic);
         if (tokens.length) spread(tokens.length, length, static_cast<float>(stats[i].length));
         if (correct) spread(tokens.correction, correction, stats[i].correction);
