@@ -15,8 +15,10 @@
 #include <vector>
 
 #include "check.h"
+#include "exp512.h"
 #include "isa.h"
 #include "lanes.h"
+#include "segments.h"
 #include "twin.h"
 #include "vec.h"
 
@@ -485,46 +487,12 @@ int64_t count_tokens(const uint8_t* mask, int64_t count) {
   return total;
 }
 
-// Where sequences begin: cu_seqlens of either integer type, or rows of one length.
-class Sequences {
- public:
-  // of rows without offsets; of everything, when logprob has no rows
-  Sequences(const Tensor& logprob, const std::optional<Tensor>& cu_seqlens)
-      : tokens_(logprob.numel()), row_(logprob.numel()) {
-    if (cu_seqlens.has_value()) {
-      count_ = cu_seqlens->numel() - 1;
-      if (cu_seqlens->scalar_type() == torch::headeronly::ScalarType::Int)
-        narrow_ = cu_seqlens->const_data_ptr<int32_t>();
-      else
-        wide_ = cu_seqlens->const_data_ptr<int64_t>();
-    } else if (logprob.dim() == 2) {
-      count_ = logprob.size(0);
-      row_ = logprob.size(1);
-    }
-  }
-  int64_t count() const { return count_; }
-  // in [0, T] whatever cu_seqlens holds
-  int64_t begin(int64_t i) const {
-    const int64_t at = narrow_ ? narrow_[i] : wide_ ? wide_[i] : i * row_;
-    return std::clamp<int64_t>(at, 0, tokens_);
-  }
-  int64_t length(int64_t i) const { return std::max<int64_t>(0, begin(i + 1) - begin(i)); }
-  // the last sequence that begins at or before the token; -1: none
-  int64_t at(int64_t token) const {
-    if (!narrow_ && !wide_) return row_ ? token / row_ : -1;
-    int64_t low = -1, high = count_;
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      (begin(middle) <= token ? low : high) = middle;
-    }
-    return low;
-  }
-
- private:
-  int64_t tokens_, row_, count_ = 1;
-  const int32_t* narrow_ = nullptr;
-  const int64_t* wide_ = nullptr;
-};
+// Rows without offsets; everything, where logprob has no rows either.
+Segments sequences_of(const Tensor& logprob, const std::optional<Tensor>& cu_seqlens) {
+  if (cu_seqlens.has_value()) return {*cu_seqlens, logprob.numel()};
+  if (logprob.dim() == 2) return {logprob.size(0), logprob.size(1), logprob.numel()};
+  return {1, logprob.numel(), logprob.numel()};
+}
 
 // The inputs of a call; null: not given.
 struct Inputs {
@@ -590,12 +558,10 @@ class Padding {
 
 // Of every sequence (or segment), all of them on one thread each.
 std::vector<SequenceStats> statistics(const PolicyParams& p, const Inputs& in,
-                                      const Sequences& sequences, bool sums, int64_t num_tokens) {
+                                      const Segments& sequences, bool sums) {
   std::vector<SequenceStats> out(sequences.count());
   // counting alone is 16 times as fast
-  const int64_t tokens = (sums ? 1 : 16) * kGrain;
-  const int64_t grain =
-      std::max<int64_t>(1, tokens * sequences.count() / std::max<int64_t>(1, num_tokens));
+  const int64_t grain = sequences.grain((sums ? 1 : 16) * kGrain);
   torch::stable::parallel_for(0, sequences.count(), grain, [&](int64_t first, int64_t last) {
     alignas(64) uint8_t counts[kChunk];
     alignas(64) float advantage[kLanes];
@@ -623,14 +589,14 @@ std::vector<SequenceStats> statistics(const PolicyParams& p, const Inputs& in,
 
 // The prefix of the sequence that goes on at the beginning of each chunk.
 std::vector<Prefix> carried(const PolicyParams& p, const Inputs& in, const float* anchor,
-                            const Sequences& sequences, int64_t num_tokens) {
+                            const Segments& sequences, int64_t num_tokens) {
   const int64_t num_chunks = (num_tokens + kChunk - 1) / kChunk;
   std::vector<Prefix> out(num_chunks, Prefix(p.level));
   // out[c + 1]: first of the tokens of the last sequence in chunk c alone
   torch::stable::parallel_for(0, num_chunks - 1, kGrain / kChunk, [&](int64_t first, int64_t last) {
     alignas(64) uint8_t counts[kChunk];
     for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t begin = chunk * kChunk, end = begin + kChunk, i = sequences.at(end - 1);
+      const int64_t begin = chunk * kChunk, end = begin + kChunk, i = sequences.last_bound(end - 1);
       if (i < 0 || i >= sequences.count() || sequences.begin(i + 1) <= end) continue;
       const int64_t from = std::max(begin, sequences.begin(i));
       in.counts(from, end - from, counts);
@@ -639,7 +605,7 @@ std::vector<Prefix> carried(const PolicyParams& p, const Inputs& in, const float
     }
   });
   for (int64_t chunk = 1; chunk + 1 < num_chunks; ++chunk) {
-    const int64_t begin = chunk * kChunk, end = begin + kChunk, i = sequences.at(end - 1);
+    const int64_t begin = chunk * kChunk, end = begin + kChunk, i = sequences.last_bound(end - 1);
     if (i < 0 || i >= sequences.count() || sequences.begin(i + 1) <= end) continue;
     if (sequences.begin(i) >= begin) continue;
     Prefix whole = out[chunk];
@@ -668,7 +634,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
                   "policy_loss_fwd: kinds and numbers of another version");
   const int64_t num_tokens = logprob.numel();
   STD_TORCH_CHECK(old_logprob.numel() == num_tokens, "old_logprob must have the size of logprob");
-  const Sequences sequences(logprob, cu_seqlens);
+  const Segments sequences = sequences_of(logprob, cu_seqlens);
   const int64_t num_sequences = sequences.count();
   const PolicyParams params(kinds, numbers);
   const Inputs in{
@@ -698,14 +664,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
                     params.limits_drift() ||
                     (params.corrects() && params.correction != Correction::kToken);
   std::vector<SequenceStats> stats, segment_stats;
-  if (in.mask || sums) stats = statistics(params, in, sequences, sums, num_tokens);
-  std::optional<Sequences> segments;
+  if (in.mask || sums) stats = statistics(params, in, sequences, sums);
+  std::optional<Segments> segments;
   if (cu_segments.has_value()) {
-    segments.emplace(logprob, cu_segments);
+    segments.emplace(*cu_segments, num_tokens);
     // the advantage is that of no segment: only the log-ratio is read
     Inputs tokens = in;
     if (!in.per_token) tokens.advantage = tokens.logprob, tokens.per_token = true;
-    segment_stats = statistics(params, tokens, *segments, true, num_tokens);
+    segment_stats = statistics(params, tokens, *segments, true);
   }
   const float* anchor = params.from_rollout ? in.rollout_logprob : in.old_logprob;
   std::vector<Prefix> prefixes;
@@ -767,7 +733,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       if (params.limits_drift()) tokens.drifted.data = drifted;
       if (params.couples_kl()) tokens.kl_mean.data = kl_mean;
       in.counts(begin, end - begin, counts);
-      for (int64_t i = sequences.at(begin), token = begin; token < end; ++i) {
+      for (int64_t i = sequences.last_bound(begin), token = begin; token < end; ++i) {
         // tokens before the first sequence or after the last do not count
         const bool inside = i >= 0 && i < num_sequences;
         const int64_t stop = i < num_sequences ? std::min(sequences.begin(i + 1), end) : end;
@@ -797,8 +763,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
                       size, prefix, statistic + from);
         }
       }
-      for (int64_t i = segments ? segments->at(begin) : 0, token = begin; segments && token < end;
-           ++i) {
+      for (int64_t i = segments ? segments->last_bound(begin) : 0, token = begin;
+           segments && token < end; ++i) {
         const bool inside = i >= 0 && i < segments->count();
         const int64_t stop = i < segments->count() ? std::min(segments->begin(i + 1), end) : end;
         if (stop <= token) continue;

@@ -43,13 +43,13 @@ enum class SurrogateKind : int {
 // What a surrogate sees of a token.
 template <class F>
 struct PolicyToken {
-  F live, old;  // logprob, and what the ratio is taken against
-  F a;          // advantage
-  F x;          // live - old of the token itself
-  F decided;    // live - old_logprob of the token itself, clamped
-  F z, r;       // x or its statistic, clamped; its exponential
+  F live, old;   // logprob, and what the ratio is taken against
+  F a;           // advantage
+  F x;           // live - old of the token itself
+  F decided;     // live - old_logprob of the token itself, clamped
+  F z, r;        // x or its statistic, clamped; its exponential
   Mask<F> past;  // where z was clamped
-  F length;     // tokens of the sequence; kBanded alone
+  F length;      // tokens of the sequence; kBanded alone
 };
 
 template <class F>
