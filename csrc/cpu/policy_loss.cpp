@@ -126,14 +126,16 @@ constexpr bool is_long(SurrogateKind kind) {
          kind == SurrogateKind::kGammaWeight || kind == SurrogateKind::kDppoKl;
 }
 
-// own: the ratio is that of the token to old_logprob. What neither asks for is not read.
-template <SurrogateKind kKind, bool kOwn, bool kCorrected, class F>
+// kOwn: the ratio is that of the token to old_logprob, and nothing else is read.
+template <SurrogateKind kKind, bool kOwn, class F>
 RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& out) {
   PolicyParams p = params;
   PolicyStats<F> stats = out;
+  const bool corrected = bool(t.correction);
   // what is not given reads as anything, for a choice of addresses in place of one by the token
   const Column any{t.logprob};
-  const Column statistic = t.statistic ? t.statistic : any, length = t.length ? t.length : any;
+  const Column statistic = t.statistic ? t.statistic : any, length = t.length ? t.length : any,
+               correction = corrected ? t.correction : any;
   const float* const anchor = p.from_rollout ? t.rollout_logprob : t.old_logprob;
   p.from_rollout = !kOwn;
   if (kOwn) p.level = Level::kToken;
@@ -148,14 +150,16 @@ RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicySt
       in.rollout_logprob = read(anchor);
       in.statistic = read(statistic);
       in.length = read(length);
+      in.correction = read(correction);
+    } else if (corrected) {
+      in.correction = read(t.correction);
     }
-    if constexpr (kCorrected) in.correction = read(t.correction);
     return in;
   };
   const auto finish = [&](int64_t i, const PolicyInput<F>& in, const PolicyToken<F>& token,
                           Surrogate<F> s) __attribute__((always_inline)) {
     const auto counts = Flags<F>::load(t.counts + i);
-    const F grad = policy_surrogate<kKind>(p, in, kCorrected, counts, token, s, stats);
+    const F grad = policy_surrogate<kKind>(p, in, corrected, counts, token, s, stats);
     if (t.grad) store_as(t.grad + i, grad);
   };
   const auto skip = [&](int64_t i) __attribute__((always_inline)) {
@@ -241,22 +245,16 @@ RLK_HD void entropy_step(const PolicyParams& params, const Tokens& t, PolicyStat
                });
 }
 
-// A loop by surrogate and by what it reads, without a choice inside.
+// A loop by surrogate, without a choice inside; for the one of most objectives by its ratio too.
 template <class F, size_t... kKinds>
 RLK_HD void surrogate_step(const PolicyParams& p, const Tokens& t, PolicyStats<F>& stats,
                            std::index_sequence<kKinds...>) {
-  const auto run = [&]<bool kOwn, bool kCorrected>() __attribute__((always_inline)) {
-    const auto kind = static_cast<size_t>(p.surrogate);
-    ((kind == kKinds
-          ? surrogate_step<static_cast<SurrogateKind>(kKinds), kOwn, kCorrected>(p, t, stats)
-          : void()),
-     ...);
-  };
-  const bool own = p.level == Level::kToken && !p.from_rollout;
-  if (t.correction)
-    own ? run.template operator()<true, true>() : run.template operator()<false, true>();
-  else
-    own ? run.template operator()<true, false>() : run.template operator()<false, false>();
+  const auto kind = static_cast<size_t>(p.surrogate);
+  if (p.surrogate == SurrogateKind::kClip && p.level == Level::kToken && !p.from_rollout)
+    return surrogate_step<SurrogateKind::kClip, true>(p, t, stats);
+  ((kind == kKinds ? surrogate_step<static_cast<SurrogateKind>(kKinds), false>(p, t, stats)
+                   : void()),
+   ...);
 }
 
 // The count is a multiple of kStride. counts is that of the tokens; corrected has room for as many.

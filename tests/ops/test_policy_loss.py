@@ -474,7 +474,7 @@ def test_every_instruction_set_is_as_exact(isa):
 
 
 def test_the_ratio_is_exact_to_the_last_place():
-    """With an advantage of -1 and no bounds the coefficient of `detached` is exp of the log-ratio."""
+    """With an advantage of -1 and no bounds the coefficient of `detached` is the ratio."""
     x = torch.cat([torch.zeros(1), torch.linspace(-87, 87, 1_000_003)])
     objective = rlkern.PolicyObjective(
         surrogate="detached",

@@ -86,9 +86,9 @@ def linear_distill_loss(
             and t are divided by their sums over the K tokens (NeMo-RL, TRL); "drop": neither, which
             may be negative (verl).
         targets: (T,) int64 or int32, for logprob.
-        token_weight: (T,), bool or floating point: a mask, importance ratios, what a token counts in
-            the batch. A constant factor of the divergence; where it is 0 the divergence is exactly
-            0, and the token drops out of the backward (on CPU).
+        token_weight: (T,), bool or floating point: a mask, or importance ratios. A constant factor
+            of the divergence, which is exactly 0 where it is 0; such a token drops out of the
+            backward (on CPU).
         bias, teacher_bias: (V,) in the same dtype.
         temperature: one for all tokens, or (T,). The divergence is not multiplied by its square.
         softcap, logit_scale: as in `logprob_from_logits`, of the student.

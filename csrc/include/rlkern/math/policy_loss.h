@@ -118,7 +118,7 @@ struct PolicyInput {
 
 enum PolicySum : int {
   kLossSum,
-  kDecidedSum,
+  kDecidedSum,  // of the clamped log-ratio to old_logprob: ppo_kl with the other sign
   kRatioSum,
   kKlSum,
   kEntropySum,
