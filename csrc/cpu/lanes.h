@@ -62,6 +62,11 @@ struct Lanes<f32x16> {
     asm("vcmpps $30, %2, %1, %0" : "=k"(out.bits) : "v"(x), "v"(y));
     return out;
   }
+  static RLK_HD Mask at_least(f32x16 x, f32x16 y) {
+    Mask out;
+    asm("vcmpps $29, %2, %1, %0" : "=k"(out.bits) : "v"(x), "v"(y));
+    return out;
+  }
   static RLK_HD Mask equal(f32x16 x, f32x16 y) {
     Mask out;
     asm("vcmpps $0, %2, %1, %0" : "=k"(out.bits) : "v"(x), "v"(y));
@@ -127,6 +132,7 @@ struct Lanes<f32x16> {
     asm("vsqrtps %1, %0" : "=v"(out) : "v"(x));
     return out;
   }
+  // in integer registers: the vector units are what such loops wait for
   static RLK_HD void count(Tally& tally, Mask mask) { tally += __builtin_popcount(mask.bits); }
   static RLK_HD int64_t total(Tally tally) { return tally; }
   static RLK_HD bool any(Mask mask) { return mask.bits != 0; }

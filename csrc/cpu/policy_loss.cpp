@@ -15,8 +15,10 @@
 #include <vector>
 
 #include "check.h"
+#include "exp512.h"
 #include "isa.h"
 #include "lanes.h"
+#include "segments.h"
 #include "twin.h"
 #include "vec.h"
 
@@ -108,9 +110,13 @@ RLK_HD void correction_step(const PolicyParams& params, const Tokens& t, float* 
 // Whether none of `count` tokens counts: the end of a padded row, which costs no formula.
 template <int64_t count>
 RLK_HD bool none_counts(const uint8_t* counts) {
-  uint64_t words[(count + 7) / 8] = {}, any = 0;
-  std::memcpy(words, counts, count);
-  for (uint64_t word : words) any |= word;
+  constexpr int64_t kWord = count < 8 ? count : 8;
+  uint64_t any = 0;
+  for (int64_t i = 0; i < count; i += kWord) {
+    uint64_t word = 0;
+    std::memcpy(&word, counts + i, kWord);
+    any |= word;
+  }
   return any == 0;
 }
 
@@ -120,7 +126,8 @@ constexpr bool is_long(SurrogateKind kind) {
          kind == SurrogateKind::kGammaWeight || kind == SurrogateKind::kDppoKl;
 }
 
-template <SurrogateKind kKind, class F>
+// kOwn: the ratio is that of the token to old_logprob, and nothing else is read.
+template <SurrogateKind kKind, bool kOwn, class F>
 RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicyStats<F>& out) {
   PolicyParams p = params;
   PolicyStats<F> stats = out;
@@ -130,18 +137,23 @@ RLK_HD void surrogate_step(const PolicyParams& params, const Tokens& t, PolicySt
   const Column statistic = t.statistic ? t.statistic : any, length = t.length ? t.length : any,
                correction = corrected ? t.correction : any;
   const float* const anchor = p.from_rollout ? t.rollout_logprob : t.old_logprob;
-  p.from_rollout = true;
+  p.from_rollout = !kOwn;
+  if (kOwn) p.level = Level::kToken;
   const auto input = [&](int64_t i) __attribute__((always_inline)) {
     const Reader<F> read{i};
-    PolicyInput<F> in;  // the rest is not read
+    PolicyInput<F> in{};
     in.logprob = read(t.logprob);
     in.old_logprob = read(t.old_logprob);
-    in.rollout_logprob = read(anchor);
     in.advantage = read(t.advantage);
     in.weight = read(t.weight);
-    in.statistic = read(statistic);
-    in.length = read(length);
-    in.correction = read(correction);
+    if constexpr (!kOwn) {
+      in.rollout_logprob = read(anchor);
+      in.statistic = read(statistic);
+      in.length = read(length);
+      in.correction = read(correction);
+    } else if (corrected) {
+      in.correction = read(t.correction);
+    }
     return in;
   };
   const auto finish = [&](int64_t i, const PolicyInput<F>& in, const PolicyToken<F>& token,
@@ -233,12 +245,15 @@ RLK_HD void entropy_step(const PolicyParams& params, const Tokens& t, PolicyStat
                });
 }
 
-// A loop by surrogate, without a choice inside.
+// A loop by surrogate, without a choice inside; for the one of most objectives by its ratio too.
 template <class F, size_t... kKinds>
 RLK_HD void surrogate_step(const PolicyParams& p, const Tokens& t, PolicyStats<F>& stats,
                            std::index_sequence<kKinds...>) {
   const auto kind = static_cast<size_t>(p.surrogate);
-  ((kind == kKinds ? surrogate_step<static_cast<SurrogateKind>(kKinds)>(p, t, stats) : void()),
+  if (p.surrogate == SurrogateKind::kClip && p.level == Level::kToken && !p.from_rollout)
+    return surrogate_step<SurrogateKind::kClip, true>(p, t, stats);
+  ((kind == kKinds ? surrogate_step<static_cast<SurrogateKind>(kKinds), false>(p, t, stats)
+                   : void()),
    ...);
 }
 
@@ -386,8 +401,8 @@ RLK_HD void walk_least(const float* live, const float* anchor, const uint8_t* co
   for (; i + kStep <= count; i += kStep) {
     const auto counted = Flags<F>::load(counts + i);
     const F x = load_as<F>(live + i) - load_as<F>(anchor + i);
-    const auto kept = is_above(x, carry) | is_equal(x, carry);  // not where either is NaN
-    if (!Lanes<F>::any(counted & ~kept)) {
+    // kept: not where either is NaN
+    if (!Lanes<F>::any(counted & ~is_at_least(x, carry))) {
       if (out) store_as(out + i, carry + x);
       continue;
     }
@@ -470,46 +485,12 @@ int64_t count_tokens(const uint8_t* mask, int64_t count) {
   return total;
 }
 
-// Where sequences begin: cu_seqlens of either integer type, or rows of one length.
-class Sequences {
- public:
-  // of rows without offsets; of everything, when logprob has no rows
-  Sequences(const Tensor& logprob, const std::optional<Tensor>& cu_seqlens)
-      : tokens_(logprob.numel()), row_(logprob.numel()) {
-    if (cu_seqlens.has_value()) {
-      count_ = cu_seqlens->numel() - 1;
-      if (cu_seqlens->scalar_type() == torch::headeronly::ScalarType::Int)
-        narrow_ = cu_seqlens->const_data_ptr<int32_t>();
-      else
-        wide_ = cu_seqlens->const_data_ptr<int64_t>();
-    } else if (logprob.dim() == 2) {
-      count_ = logprob.size(0);
-      row_ = logprob.size(1);
-    }
-  }
-  int64_t count() const { return count_; }
-  // in [0, T] whatever cu_seqlens holds
-  int64_t begin(int64_t i) const {
-    const int64_t at = narrow_ ? narrow_[i] : wide_ ? wide_[i] : i * row_;
-    return std::clamp<int64_t>(at, 0, tokens_);
-  }
-  int64_t length(int64_t i) const { return std::max<int64_t>(0, begin(i + 1) - begin(i)); }
-  // the last sequence that begins at or before the token; -1: none
-  int64_t at(int64_t token) const {
-    if (!narrow_ && !wide_) return row_ ? token / row_ : -1;
-    int64_t low = -1, high = count_;
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      (begin(middle) <= token ? low : high) = middle;
-    }
-    return low;
-  }
-
- private:
-  int64_t tokens_, row_, count_ = 1;
-  const int32_t* narrow_ = nullptr;
-  const int64_t* wide_ = nullptr;
-};
+// Rows without offsets; everything, where logprob has no rows either.
+Segments sequences_of(const Tensor& logprob, const std::optional<Tensor>& cu_seqlens) {
+  if (cu_seqlens.has_value()) return {*cu_seqlens, logprob.numel()};
+  if (logprob.dim() == 2) return {logprob.size(0), logprob.size(1), logprob.numel()};
+  return {1, logprob.numel(), logprob.numel()};
+}
 
 // The inputs of a call; null: not given.
 struct Inputs {
@@ -575,12 +556,10 @@ class Padding {
 
 // Of every sequence (or segment), all of them on one thread each.
 std::vector<SequenceStats> statistics(const PolicyParams& p, const Inputs& in,
-                                      const Sequences& sequences, bool sums, int64_t num_tokens) {
+                                      const Segments& sequences, bool sums) {
   std::vector<SequenceStats> out(sequences.count());
   // counting alone is 16 times as fast
-  const int64_t tokens = (sums ? 1 : 16) * kGrain;
-  const int64_t grain =
-      std::max<int64_t>(1, tokens * sequences.count() / std::max<int64_t>(1, num_tokens));
+  const int64_t grain = sequences.grain((sums ? 1 : 16) * kGrain);
   torch::stable::parallel_for(0, sequences.count(), grain, [&](int64_t first, int64_t last) {
     alignas(64) uint8_t counts[kChunk];
     alignas(64) float advantage[kLanes];
@@ -608,14 +587,14 @@ std::vector<SequenceStats> statistics(const PolicyParams& p, const Inputs& in,
 
 // The prefix of the sequence that goes on at the beginning of each chunk.
 std::vector<Prefix> carried(const PolicyParams& p, const Inputs& in, const float* anchor,
-                            const Sequences& sequences, int64_t num_tokens) {
+                            const Segments& sequences, int64_t num_tokens) {
   const int64_t num_chunks = (num_tokens + kChunk - 1) / kChunk;
   std::vector<Prefix> out(num_chunks, Prefix(p.level));
   // out[c + 1]: first of the tokens of the last sequence in chunk c alone
   torch::stable::parallel_for(0, num_chunks - 1, kGrain / kChunk, [&](int64_t first, int64_t last) {
     alignas(64) uint8_t counts[kChunk];
     for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t begin = chunk * kChunk, end = begin + kChunk, i = sequences.at(end - 1);
+      const int64_t begin = chunk * kChunk, end = begin + kChunk, i = sequences.last_bound(end - 1);
       if (i < 0 || i >= sequences.count() || sequences.begin(i + 1) <= end) continue;
       const int64_t from = std::max(begin, sequences.begin(i));
       in.counts(from, end - from, counts);
@@ -624,7 +603,7 @@ std::vector<Prefix> carried(const PolicyParams& p, const Inputs& in, const float
     }
   });
   for (int64_t chunk = 1; chunk + 1 < num_chunks; ++chunk) {
-    const int64_t begin = chunk * kChunk, end = begin + kChunk, i = sequences.at(end - 1);
+    const int64_t begin = chunk * kChunk, end = begin + kChunk, i = sequences.last_bound(end - 1);
     if (i < 0 || i >= sequences.count() || sequences.begin(i + 1) <= end) continue;
     if (sequences.begin(i) >= begin) continue;
     Prefix whole = out[chunk];
@@ -653,7 +632,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
                   "policy_loss_fwd: kinds and numbers of another version");
   const int64_t num_tokens = logprob.numel();
   STD_TORCH_CHECK(old_logprob.numel() == num_tokens, "old_logprob must have the size of logprob");
-  const Sequences sequences(logprob, cu_seqlens);
+  const Segments sequences = sequences_of(logprob, cu_seqlens);
   const int64_t num_sequences = sequences.count();
   const PolicyParams params(kinds, numbers);
   const Inputs in{
@@ -683,14 +662,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
                     params.limits_drift() ||
                     (params.corrects() && params.correction != Correction::kToken);
   std::vector<SequenceStats> stats, segment_stats;
-  if (in.mask || sums) stats = statistics(params, in, sequences, sums, num_tokens);
-  std::optional<Sequences> segments;
+  if (in.mask || sums) stats = statistics(params, in, sequences, sums);
+  std::optional<Segments> segments;
   if (cu_segments.has_value()) {
-    segments.emplace(logprob, cu_segments);
+    segments.emplace(*cu_segments, num_tokens);
     // the advantage is that of no segment: only the log-ratio is read
     Inputs tokens = in;
     if (!in.per_token) tokens.advantage = tokens.logprob, tokens.per_token = true;
-    segment_stats = statistics(params, tokens, *segments, true, num_tokens);
+    segment_stats = statistics(params, tokens, *segments, true);
   }
   const float* anchor = params.from_rollout ? in.rollout_logprob : in.old_logprob;
   std::vector<Prefix> prefixes;
@@ -736,6 +715,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
         drifted[kChunk], kl_mean[kChunk], length[kChunk], corrected[kChunk];
     alignas(64) uint8_t counts[kChunk];
     Padding padding;
+    const bool one_weight = !params.divide_by_length;
+    if (one_weight) kVersion.fill(weight, kStride, policy_weight(shared, false, 0));
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, num_tokens);
       Tokens tokens = in.tokens(begin, end - begin);
@@ -743,14 +724,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
       tokens.grad = grad_out ? grad_out + begin : nullptr;
       tokens.grad_entropy = grad_entropy_out ? grad_entropy_out + begin : nullptr;
       if (!in.per_token) tokens.advantage.data = advantage;
-      tokens.weight.data = weight;
+      tokens.weight = {weight, one_weight ? 0 : -1};
       if (params.level != Level::kToken) tokens.statistic.data = statistic;
       if (params.level == Level::kProduct) tokens.length.data = length;
       if (correct) tokens.correction.data = correction;
       if (params.limits_drift()) tokens.drifted.data = drifted;
       if (params.couples_kl()) tokens.kl_mean.data = kl_mean;
       in.counts(begin, end - begin, counts);
-      for (int64_t i = sequences.at(begin), token = begin; token < end; ++i) {
+      for (int64_t i = sequences.last_bound(begin), token = begin; token < end; ++i) {
         // tokens before the first sequence or after the last do not count
         const bool inside = i >= 0 && i < num_sequences;
         const int64_t stop = i < num_sequences ? std::min(sequences.begin(i + 1), end) : end;
@@ -767,7 +748,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
           column.by_token = alone ? 0 : -1;
         };
         if (!in.per_token) spread(tokens.advantage, advantage, in.advantage[i]);
-        spread(tokens.weight, weight, policy_weight(shared, params.divide_by_length, length_of(i)));
+        if (!one_weight) spread(tokens.weight, weight, policy_weight(shared, true, length_of(i)));
         if (own_statistic) spread(tokens.statistic, statistic, stats[i].statistic);
         if (tokens.length) spread(tokens.length, length, static_cast<float>(stats[i].length));
         if (correct) spread(tokens.correction, correction, stats[i].correction);
@@ -780,8 +761,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
                       size, prefix, statistic + from);
         }
       }
-      for (int64_t i = segments ? segments->at(begin) : 0, token = begin; segments && token < end;
-           ++i) {
+      for (int64_t i = segments ? segments->last_bound(begin) : 0, token = begin;
+           segments && token < end; ++i) {
         const bool inside = i >= 0 && i < segments->count();
         const int64_t stop = i < segments->count() ? std::min(segments->begin(i + 1), end) : end;
         if (stop <= token) continue;

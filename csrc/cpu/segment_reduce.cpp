@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "segments.h"
 #include "vec.h"
 
 namespace rlkern {
@@ -89,50 +90,10 @@ RLK_MULTIVERSION int64_t segment_count(const bool* mask, int64_t count) {
   return count_of(mask, count);
 }
 
-// cu_seqlens of either integer type.
-class Segments {
- public:
-  Segments(const Tensor& cu_seqlens, int64_t tokens)
-      : count_(cu_seqlens.numel() - 1), tokens_(tokens) {
-    if (cu_seqlens.scalar_type() == torch::headeronly::ScalarType::Int)
-      narrow_ = cu_seqlens.const_data_ptr<int32_t>();
-    else
-      wide_ = cu_seqlens.const_data_ptr<int64_t>();
-  }
-  int64_t count() const { return count_; }
-  // in [0, T] whatever cu_seqlens holds
-  int64_t begin(int64_t i) const {
-    return std::clamp<int64_t>(narrow_ ? narrow_[i] : wide_[i], 0, tokens_);
-  }
-  int64_t length(int64_t i) const { return std::max<int64_t>(0, begin(i + 1) - begin(i)); }
-  // the last of the S + 1 bounds at or before the token; -1: none
-  int64_t last_bound(int64_t token) const {
-    int64_t low = -1, high = count_ + 1;
-    while (high - low > 1) {
-      const int64_t middle = low + (high - low) / 2;
-      (begin(middle) <= token ? low : high) = middle;
-    }
-    return low;
-  }
-
- private:
-  int64_t count_, tokens_;
-  const int32_t* narrow_ = nullptr;
-  const int64_t* wide_ = nullptr;
-};
-
-void check_inputs(const Tensor& values, const Tensor& cu_seqlens,
-                  const std::optional<Tensor>& mask) {
+void check_inputs(const Tensor& values, const std::optional<Tensor>& mask) {
   RLK_CHECK_CPU(values);
   RLK_CHECK_DIM(values, 1);
   RLK_CHECK_CONTIGUOUS(values);
-  RLK_CHECK_CPU(cu_seqlens);
-  RLK_CHECK_DIM(cu_seqlens, 1);
-  RLK_CHECK_CONTIGUOUS(cu_seqlens);
-  STD_TORCH_CHECK(cu_seqlens.scalar_type() == torch::headeronly::ScalarType::Int ||
-                      cu_seqlens.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "cu_seqlens must have dtype int32 or int64");
-  STD_TORCH_CHECK(cu_seqlens.numel() > 0, "cu_seqlens must have at least one element");
   if (mask.has_value()) {
     RLK_CHECK_CPU(*mask);
     RLK_CHECK_DTYPE(*mask, Bool);
@@ -144,7 +105,7 @@ void check_inputs(const Tensor& values, const Tensor& cu_seqlens,
 
 std::tuple<Tensor, Tensor> forward(Tensor values, Tensor cu_seqlens, std::optional<Tensor> mask,
                                    bool mean) {
-  check_inputs(values, cu_seqlens, mask);
+  check_inputs(values, mask);
   const int64_t tokens = values.size(0);
   const Segments segments(cu_seqlens, tokens);
   const int64_t num = segments.count();
@@ -154,10 +115,9 @@ std::tuple<Tensor, Tensor> forward(Tensor values, Tensor cu_seqlens, std::option
   float* result = out.mutable_data_ptr<float>();
   float* number = mean ? count.mutable_data_ptr<float>() : nullptr;
   const bool* counts = mask.has_value() ? mask->const_data_ptr<bool>() : nullptr;
-  const int64_t grain = std::max<int64_t>(1, kGrain * num / std::max<int64_t>(1, tokens));
   RLK_DISPATCH_FLOAT(values, T, {
     const T* data = values.const_data_ptr<T>();
-    torch::stable::parallel_for(0, num, grain, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, num, segments.grain(kGrain), [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; ++s) {
         const int64_t begin = segments.begin(s), length = segments.length(s);
         const bool* mine = counts ? counts + begin : nullptr;
@@ -176,7 +136,7 @@ std::tuple<Tensor, Tensor> forward(Tensor values, Tensor cu_seqlens, std::option
 
 Tensor backward(Tensor grad, Tensor values, Tensor cu_seqlens, std::optional<Tensor> mask,
                 Tensor count, bool mean) {
-  check_inputs(values, cu_seqlens, mask);
+  check_inputs(values, mask);
   const int64_t tokens = values.size(0);
   const Segments segments(cu_seqlens, tokens);
   RLK_CHECK_DTYPE(grad, Float);

@@ -50,6 +50,10 @@ template <class V>
 RLK_HD Twin<V> exp(Twin<V> x) {
   return {exp(x.a), exp(x.b)};
 }
+template <class V>
+RLK_HD Twin<V> exp_normal(Twin<V> x) {
+  return {exp_normal(x.a), exp_normal(x.b)};
+}
 
 template <class V>
 struct Lanes<Twin<V>> {

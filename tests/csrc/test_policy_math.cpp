@@ -189,7 +189,7 @@ void test_extremes() {
   }
   for (float a : {-1.0f, 1.0f}) {
     auto t = token(0, a);
-    t.r = t.z = t.past = NAN;
+    t.r = t.z = NAN;
     near("a NaN ratio gets through", rlkern::surrogate(SurrogateKind::kClip, t, bounds).loss, NAN,
          0);
     near("a NaN ratio gets through", rlkern::surrogate(SurrogateKind::kClip, t, bounds).grad, NAN,
@@ -204,7 +204,7 @@ void test_extremes() {
 void test_metrics() {
   Chosen chosen;
   chosen.kinds[3] = 1;
-  const double sums[rlkern::kNumPolicySums] = {9, -2, 5, 3, 6, 2, 2, 7};
+  const double sums[rlkern::kNumPolicySums] = {9, 2, 5, 3, 6, 2, 2, 7};
   const int64_t counts[rlkern::kNumPolicyCounts] = {4, 1, 2, 1};
   float out[rlkern::kNumPolicyMetrics];
   rlkern::policy_metrics(chosen.params(), sums, counts, 0.5f, 2.0f, 5, out);

@@ -274,6 +274,37 @@ def test_rows_without_a_gradient_drop_out_exactly():
     assert all((g == 0).all() for g in none)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.bool])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_token_weight_is_a_constant_factor(cached, kind):
+    heads = Heads()
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(70, generator=random).relu().to(kind)
+    live = weight != 0
+    teacher, how = heads.teacher, {}
+    if not cached:
+        with torch.no_grad():
+            heads.hidden[~live] = float("inf")
+    else:
+        teacher = ()
+        how["teacher_topk_ids"] = torch.arange(5).expand(70, 5)
+        how["teacher_topk_logprobs"] = torch.randn(70, 5, generator=random).log_softmax(-1) - 0.1
+
+    def run(**more):
+        args = (heads.hidden, heads.weight, *teacher)
+        return rlkern.linear_distill_loss(*args, bias=heads.bias, **how, **more).divergence
+
+    got, plain = run(token_weight=weight), run()
+    assert_same_bits("divergence", got, torch.where(live, plain * weight.float(), 0.0))
+    upstream = torch.randn(70, generator=random)
+    grads = torch.autograd.grad(got, heads.student(), upstream)
+    want = torch.autograd.grad(plain, heads.student(), upstream * weight.float())
+    for name, g, w in zip(("hidden", "weight", "bias"), grads, want):
+        assert_same_bits(name, g, w)
+        assert g.isfinite().all()
+    assert (grads[0][~live] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", checks.DTYPES)
 def test_a_row_does_not_depend_on_its_batch(dtype):
     """In blocks of tokens too: 2^26 logits are 1,536 tokens here."""
@@ -446,6 +477,8 @@ EITHER = "expected either teacher_hidden and teacher_weight, or teacher_topk_ids
         ({"divergence": "jsd", "beta": 0.0}, ValueError, "beta to be positive and finite"),
         ({"divergence": "jsd", "beta": 1.0}, ValueError, "beta between 0 and 1, got 1.0"),
         ({"targets": torch.zeros(4)}, TypeError, "targets of dtype int64 or int32"),
+        ({"token_weight": IDS[:, 0]}, TypeError, "token_weight of dtype float32 or .* or bool"),
+        ({"token_weight": TOP[:3, 0]}, ValueError, r"token_weight of shape \(T,\) = \(4,\)"),
         ({"temperature": 0.0}, ValueError, "temperature to be positive and finite"),
         ({"teacher_softcap": -1.0}, ValueError, "teacher_softcap to be positive and finite"),
         ({"teacher_logit_scale": 0.0}, ValueError, "teacher_logit_scale to be positive"),

@@ -463,12 +463,33 @@ def test_small_gradients_are_as_exact_as_large_ones(device):
 @pytest.mark.parametrize("isa", ["default", "avx2", "avx512"])
 def test_every_instruction_set_is_as_exact(isa):
     """The lanes that this CPU would not choose; a set that it lacks falls to the next."""
-    test = f"{__file__}::test_every_kernel_is_within_the_budget"
+    names = ("every_kernel_is_within_the_budget", "the_ratio_is_exact_to_the_last_place")
+    tests = [f"{__file__}::test_{name}" for name in names]
     env = os.environ | {"RLKERN_CPU_ISA": isa, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "pytest", test, "-k", "cpu", "-p", "no:cacheprovider"]
+    wanted = ["-k", "cpu or last_place", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *tests, *wanted]
     run = subprocess.run(command, capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stdout[-2000:]
-    assert "3 passed" in run.stdout
+    assert "4 passed" in run.stdout
+
+
+def test_the_ratio_is_exact_to_the_last_place():
+    """With an advantage of -1 and no bounds the coefficient of `detached` is the ratio."""
+    x = torch.cat([torch.zeros(1), torch.linspace(-87, 87, 1_000_003)])
+    objective = rlkern.PolicyObjective(
+        surrogate="detached",
+        epsilon_low=None,
+        epsilon_high=None,
+        log_ratio_clamp=87.0,
+        loss_agg_mode="token-sum",
+    )
+    live = x.clone().requires_grad_()
+    loss = rlkern.policy_loss(live, x * 0, x * 0 - 1, objective=objective).loss
+    (ratio,) = torch.autograd.grad(loss, live)
+    truth = x.double().exp()
+    ulp = torch.exp2(truth.log2().floor() - 23)
+    assert ((ratio.double() - truth) / ulp).abs().max() < 1.5
+    assert ratio[0] == 1
 
 
 def test_opcheck(device):

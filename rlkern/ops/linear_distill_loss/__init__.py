@@ -40,6 +40,7 @@ def linear_distill_loss(
     teacher_topk_logprobs: Tensor | None = None,
     tail: str = "bucket",
     targets: Tensor | None = None,
+    token_weight: Tensor | None = None,
     bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -58,7 +59,7 @@ def linear_distill_loss(
         reverse_kl   sum_j s_j log(s_j / t_j)
         jsd          beta KL(t || m) + (1 - beta) KL(s || m),  m = (1 - beta) s + beta t
 
-    for the caller to weight, mask and reduce. Equivalent torch program of the first, which holds
+    times token_weight, for the caller to reduce. Equivalent torch program of the first, which holds
     several (T, V) float32 tensors where this holds logits of some tokens (2^26, 256 MiB)::
 
         log_s = ((hidden.float() @ weight.float().T) / temperature).log_softmax(-1)
@@ -85,6 +86,9 @@ def linear_distill_loss(
             and t are divided by their sums over the K tokens (NeMo-RL, TRL); "drop": neither, which
             may be negative (verl).
         targets: (T,) int64 or int32, for logprob.
+        token_weight: (T,), bool or floating point: a mask, or importance ratios. A constant factor
+            of the divergence, which is exactly 0 where it is 0; such a token drops out of the
+            backward (on CPU).
         bias, teacher_bias: (V,) in the same dtype.
         temperature: one for all tokens, or (T,). The divergence is not multiplied by its square.
         softcap, logit_scale: as in `logprob_from_logits`, of the student.
@@ -113,6 +117,11 @@ def linear_distill_loss(
     kind = _BETA.get(divergence, float(beta))
     if targets is not None:
         _logprob.check_rows(_OP, hidden, "hidden", targets)
+    if token_weight is not None:
+        _check.tensor(_OP, "token_weight", token_weight)
+        _check.dtype(_OP, "token_weight", token_weight, (*_check.FLOATS, torch.bool))
+        _check.shape(_OP, "token_weight", token_weight, hidden.shape[:1], "(T,)")
+        _check.same_device(_OP, "token_weight", token_weight, "hidden", hidden.device)
     whole, part = (teacher_hidden, teacher_weight), (teacher_topk_ids, teacher_topk_logprobs)
     given = [all(x is not None for x in pair) for pair in (whole, part)]
     stray = [any(x is not None for x in pair) for pair in (whole, part)]
@@ -143,7 +152,7 @@ def linear_distill_loss(
             ignore_index=ignore_index,
         )
         return LinearDistillLossOutput(
-            topk_divergence(student.id_logprob, log_t, kind, tail),
+            _weighted(topk_divergence(student.id_logprob, log_t, kind, tail), token_weight),
             None if targets is None else student.logprob.detach(),
             student.entropy.detach(),
         )
@@ -175,7 +184,15 @@ def linear_distill_loss(
         int(ignore_index),
     )
     found, logprob, entropy = outputs
+    found = _weighted(found, token_weight)
     return LinearDistillLossOutput(found, None if targets is None else logprob, entropy)
+
+
+def _weighted(divergence: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return divergence
+    weight = weight.detach().to(divergence.dtype)
+    return torch.where(weight == 0, 0.0, weight * divergence)
 
 
 def _checked_topk(hidden: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """The policy loss straight from hidden states, and its gradients in the same call."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ class LinearPolicyLossOutput(NamedTuple):
     """(T,) float32, of the targets; without a gradient"""
     entropy: Tensor
     """(T,) float32; without a gradient"""
-    metrics: dict[str, Tensor]
+    metrics: Mapping[str, Tensor]
     """as policy_loss"""
 
 

@@ -1,5 +1,6 @@
 """The policy loss of RL post-training: loss, gradient coefficients and metrics in one pass."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from rlkern import _check
 from rlkern.ops.policy_loss.objective import PolicyObjective
-from rlkern.ops.policy_loss.op import METRICS, PolicyLoss
+from rlkern.ops.policy_loss.op import PLACES, Metrics, PolicyLoss
 from rlkern.ops.policy_loss.reference import NOTHING
 from rlkern.ops.policy_loss.selection import normalised, per_token, select
 
@@ -18,7 +19,7 @@ class PolicyLossOutput(NamedTuple):
     """A float32 scalar to minimise, and float32 scalars on the same device to look at."""
 
     loss: Tensor
-    metrics: dict[str, Tensor]
+    metrics: Mapping[str, Tensor]
 
 
 def policy_loss(
@@ -173,16 +174,9 @@ def policy_loss(
     loss, metrics = PolicyLoss.apply(live, h, rest)
     if isinstance(normalizer, Tensor):
         loss = loss / normalizer
-    named = dict(zip(METRICS, metrics.unbind()))
-    if ref is None:
-        del named["kl"]
-    if entropy is None:
-        del named["entropy"]
-    if objective.surrogate != "quadratic":
-        del named["ratio_variance"]
-    if not objective.needs_rollout:
-        named = {name: value for name, value in named.items() if "rollout" not in name}
-    return PolicyLossOutput(loss, named)
+    quadratic = objective.surrogate == "quadratic"
+    have = (ref is not None, entropy is not None, objective.needs_rollout, quadratic)
+    return PolicyLossOutput(loss, Metrics(PLACES[have], metrics))
 
 
 def _plain(value: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:

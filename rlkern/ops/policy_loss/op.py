@@ -1,5 +1,8 @@
 """Schema, fake, autograd and owners of `policy_loss`."""
 
+import itertools
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -47,6 +50,38 @@ _library.define(
 _library.fill("policy_loss_fwd", reference.forward, "rlkern.ops.policy_loss.triton:forward")
 
 
+_run = torch.ops.rlkern.policy_loss_fwd.default
+
+
+class Metrics(Mapping[str, Tensor]):
+    """Scalars by name, views of the one tensor that the op returns, made where they are read."""
+
+    def __init__(self, places: dict[str, int], values: Tensor):
+        self._places, self._values = places, values
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[self._places[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def _places(ref: bool, entropy: bool, rollout: bool, quadratic: bool) -> dict[str, int]:
+    given = {"kl": ref, "entropy": entropy, "ratio_variance": quadratic}
+    given |= {name: rollout for name in METRICS if "rollout" in name}
+    return {name: i for i, name in enumerate(METRICS) if given.get(name, True)}
+
+
+PLACES = {have: _places(*have) for have in itertools.product((False, True), repeat=4)}
+"""By whether a call has ref, entropy, rollout and the quadratic surrogate: its metrics' places."""
+
+
 class PolicyLoss(torch.autograd.Function):
     """(loss, metrics); the forward pass has the gradient already, up to the upstream scalar."""
 
@@ -54,8 +89,7 @@ class PolicyLoss(torch.autograd.Function):
     def forward(ctx, logprob: Tensor, entropy: Tensor | None, rest: tuple):
         # rest in one piece: autograd looks at each argument of its own
         # float64 is for checking formulas: the reference alone computes in it
-        double = logprob.dtype == torch.float64
-        run = reference.forward if double else torch.ops.rlkern.policy_loss_fwd
+        run = reference.forward if logprob.dtype == torch.float64 else _run
         *before, nll_weight, cu_segments, kinds, numbers = rest
         tensors = (logprob, *before, entropy, nll_weight, cu_segments)
         loss, metrics, *grads = run(*tensors, kinds, numbers, *ctx.needs_input_grad[:2])
@@ -65,14 +99,22 @@ class PolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, _):
-        if grad_loss is None:
-            return None, None, None
-        grads = ctx.saved_tensors
-        # loss.backward() passes 1: no pass over the tokens. Looking would stall a GPU.
-        plain = type(grad_loss) is Tensor and grad_loss.is_cpu and not torch.compiler.is_compiling()
-        wanted = ctx.needs_input_grad
-        if not plain or grad_loss.item() != 1.0:
-            grads = [c * grad_loss if w else c for c, w in zip(grads, wanted)]
-        return *(c if w else None for c, w in zip(grads, wanted)), None
+        # what once_differentiable adds takes as long as all else here
+        return (_once if torch.is_grad_enabled() else _scaled)(ctx, grad_loss)
+
+
+def _scaled(ctx, grad_loss: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad_loss is None:
+        return None, None, None
+    grad, grad_entropy = ctx.saved_tensors
+    wanted, entropy_wanted, _ = ctx.needs_input_grad
+    # loss.backward() passes 1: no pass over the tokens. Looking would stall a GPU.
+    plain = type(grad_loss) is Tensor and grad_loss.is_cpu and not torch.compiler.is_compiling()
+    if not plain or grad_loss.item() != 1.0:
+        grad = grad * grad_loss if wanted else None
+        grad_entropy = grad_entropy * grad_loss if entropy_wanted else None
+    return grad if wanted else None, grad_entropy if entropy_wanted else None, None
+
+
+_once = once_differentiable(_scaled)

@@ -16,6 +16,7 @@ struct Lanes {
   using Tally = Mask;
 
   static RLK_HD Mask above(F x, F y) { return x > y; }
+  static RLK_HD Mask at_least(F x, F y) { return x >= y; }
   static RLK_HD Mask equal(F x, F y) { return x == y; }
   static RLK_HD Mask differs(F x, F y) { return ~(x == y); }
   static RLK_HD Mask apart(F x, F y) { return (x > y) | (x < y); }
@@ -75,10 +76,14 @@ using Mask = typename Lanes<F>::Mask;
 template <class F>
 using Tally = typename Lanes<F>::Tally;
 
-// x > y; false where either is NaN
+// x > y, x >= y; false where either is NaN
 template <class F>
 RLK_HD Mask<F> is_above(F x, F y) {
   return Lanes<F>::above(x, y);
+}
+template <class F>
+RLK_HD Mask<F> is_at_least(F x, F y) {
+  return Lanes<F>::at_least(x, y);
 }
 template <class F>
 RLK_HD Mask<F> is_equal(F x, F y) {

@@ -118,7 +118,7 @@ struct PolicyInput {
 
 enum PolicySum : int {
   kLossSum,
-  kOldKlSum,
+  kDecidedSum,  // of the clamped log-ratio to old_logprob: ppo_kl with the other sign
   kRatioSum,
   kKlSum,
   kEntropySum,
@@ -178,7 +178,7 @@ RLK_HD PolicyToken<F> policy_ratio(const PolicyParams& p, const PolicyInput<F>& 
   t.decided = bounded(in.logprob - in.old_logprob, -limit, limit);
   const F z = p.level == Level::kToken ? t.x : in.statistic;
   t.z = bounded(z, -limit, limit);
-  t.past = z - t.z;
+  t.past = is_apart(z, t.z);
   t.r = exp_within(t.z, p.log_ratio_clamp);
   t.length = in.length;
   return t;
@@ -199,7 +199,7 @@ RLK_HD F policy_surrogate(const PolicyParams& p, const PolicyInput<F>& in, bool 
     s.grad = times(in.correction, s.grad);
   }
   stats.add(kLossSum, counts, in.weight, s.loss);
-  stats.add(kOldKlSum, counts, -t.decided);
+  stats.add(kDecidedSum, counts, t.decided);
   stats.add(kRatioSum, counts, t.r);
   if (kKind == SurrogateKind::kQuadratic)
     stats.add(kRatioVarianceSum, counts, t.r - 1.0f, t.r - 1.0f);
@@ -221,7 +221,7 @@ RLK_HD F policy_kl(const PolicyParams& p, const PolicyInput<F>& in, Mask<F> coun
   if (p.kl_times_ratio) {
     const PolicyToken<F> t = policy_ratio(p, in);
     const F mean = p.couples_kl() ? in.kl_mean : kl.value;
-    kl.grad = t.r * (kl.grad + unless(is_past(t), mean));
+    kl.grad = t.r * (kl.grad + unless(t.past, mean));
     kl.value *= t.r;
   }
   stats.add(kKlSum, counts, kl.value);
@@ -364,7 +364,7 @@ RLK_HD void policy_metrics(const PolicyParams& p, const double* sum, const int64
   out[2] = static_cast<float>(count[kCapped] * share);
   out[3] = static_cast<float>(count[kLow] * share);
   out[4] = static_cast<float>(count[kHigh] * share);
-  out[5] = static_cast<float>(sum[kOldKlSum] * share);
+  out[5] = static_cast<float>(0.0 - sum[kDecidedSum] * share);
   out[6] = static_cast<float>(sum[kRatioSum] * share);
   out[7] = tokens > 0 ? least : 0.0f;
   out[8] = tokens > 0 ? most : 0.0f;

@@ -43,13 +43,13 @@ enum class SurrogateKind : int {
 // What a surrogate sees of a token.
 template <class F>
 struct PolicyToken {
-  F live, old;  // logprob, and what the ratio is taken against
-  F a;          // advantage
-  F x;          // live - old of the token itself
-  F decided;    // live - old_logprob of the token itself, clamped
-  F z, r;       // x or its statistic, clamped; its exponential
-  F past;       // how much the clamp took off
-  F length;     // tokens of the sequence; kBanded alone
+  F live, old;   // logprob, and what the ratio is taken against
+  F a;           // advantage
+  F x;           // live - old of the token itself
+  F decided;     // live - old_logprob of the token itself, clamped
+  F z, r;        // x or its statistic, clamped; its exponential
+  Mask<F> past;  // where z was clamped
+  F length;      // tokens of the sequence; kBanded alone
 };
 
 template <class F>
@@ -72,12 +72,6 @@ template <class F>
 RLK_HD F times(F a, F u) {
   return times_where(differs(a, F{}), a, u);
 }
-// where the log-ratio was clamped
-template <class F>
-RLK_HD Mask<F> is_past(const PolicyToken<F>& t) {
-  return is_apart(t.past, F{});
-}
-
 // -min(r A, clip(r) A), at most -cap A for A < 0
 template <class F>
 RLK_HD Surrogate<F> clipped(const PolicyToken<F>& t, F low, F high, F cap) {
@@ -85,7 +79,7 @@ RLK_HD Surrogate<F> clipped(const PolicyToken<F>& t, F low, F high, F cap) {
   const Mask<F> below = down & is_above(low, t.r), above = up & is_above(t.r, high);
   const Mask<F> capped = down & is_above(t.r, cap);
   const F u = select(below, low, select(above, high, select(capped, cap, t.r)));
-  const F k = unless(below | above | capped | is_past(t), t.r);
+  const F k = unless(below | above | capped | t.past, t.r);
   return {times(-t.a, u), times(-t.a, k), below, above, capped};
 }
 
@@ -114,7 +108,7 @@ RLK_HD Surrogate<F> soft_gate(const PolicyToken<F>& t, const float* p) {
   const F tau = select(is_above(t.a, F{}), F{} + p[0], F{} + p[1]);
   const F s = exp(-tau * (t.r - 1.0f));  // at most exp(tau)
   const F gate = 1.0f / (1.0f + s), tail = s * gate;
-  const F k = unless(is_equal(tail, F{}) | is_past(t), 4.0f * gate * tail * t.r);
+  const F k = unless(is_equal(tail, F{}) | t.past, 4.0f * gate * tail * t.r);
   return smooth<F>(-times(t.a, 4.0f / tau * gate), -times(t.a, k));
 }
 
@@ -148,7 +142,7 @@ RLK_HD Surrogate<F> hazard(const PolicyToken<F>& t, const float* p) {
   const F mean = softplus_mean(size, p[0]), up = mean + 0.5f * psi, down = mean - 0.5f * psi;
   const F zeta = power(up * (1.0f / p[2]), p[1]) + power(down * (1.0f / p[4]), p[3]);
   const F value = p[5] * exp_normal(bounded(psi - zeta, F{} - kExpNormal, F{} + kExpNormal));
-  const F k = unless(is_past(t), value * (4.0f * e * q * q));
+  const F k = unless(t.past, value * (4.0f * e * q * q));
   return smooth<F>(times(-t.a, value), times(-t.a, k));
 }
 
@@ -198,7 +192,7 @@ RLK_HD Surrogate<F> flipped(const PolicyToken<F>& t, const float* p) {
   const F weight = select(up, 1.0f / held, held);
   const Mask<F> capped = is_above(weight, F{} + p[2]);
   const F value = select(capped, p[2] * t.live, weight);
-  const F k = select(capped, F{} + p[2], unless(below | above | is_past(t), weight));
+  const F k = select(capped, F{} + p[2], unless(below | above | t.past, weight));
   return {-times(t.a, value), -times(t.a, k), below, above, capped & ~is_equal(t.a, F{})};
 }
 
@@ -206,7 +200,7 @@ template <class F>
 RLK_HD Surrogate<F> quadratic(const PolicyToken<F>& t, const float* p) {
   const F pull = t.r - 1.0f, linear = times(t.a, t.r);
   const F k = 2.0f * p[0] * pull * t.r - linear;
-  return smooth<F>(p[0] * pull * pull - linear, unless(is_past(t), k));
+  return smooth<F>(p[0] * pull * pull - linear, unless(t.past, k));
 }
 
 template <class F>
@@ -226,7 +220,7 @@ template <class F>
 RLK_HD Surrogate<F> geometric(const PolicyToken<F>& t, const float* p) {
   const Mask<F> below = is_above(F{}, t.a) & is_above(F{} + p[0], t.x);
   const Mask<F> above = is_above(t.a, F{}) & is_above(t.x, F{} + p[1]);
-  const F k = unless(below | above | is_past(t), t.r);
+  const F k = unless(below | above | t.past, t.r);
   return {-times(t.a, t.r), -times(t.a, k), below, above, Mask<F>{}};
 }
 
