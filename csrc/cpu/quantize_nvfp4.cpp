@@ -136,10 +136,12 @@ struct Blocks {
     alignas(64) typename M::Vector most[kCount] = {};
     for (int64_t i = 0; i < rows; ++i)
 #pragma GCC unroll 16
-      for (int j = 0; j < kCount; ++j)
-        most[j] = larger(
-            most[j],
-            M::template of<false>(load_as<typename M::Vector>(p + i * columns + j * M::kCount)));
+      for (int j = 0; j < kCount; ++j) {
+        const T* const from = p + i * columns + j * M::kCount;
+        // of the blocks that come next: so many short streams are not foreseen
+        __builtin_prefetch(from + kLanes * kBlock, 0, 2);
+        most[j] = larger(most[j], M::template of<false>(load_as<typename M::Vector>(from)));
+      }
     load(reinterpret_cast<const T*>(most));
   }
 
@@ -388,7 +390,13 @@ RLK_HD void quantize_lanes(const T* w, int64_t rows, int64_t columns, const Tens
   Blocks<V, T> x;
   x.load(w);
   auto most = x.template largest<false>();
-  if (rows > 1) {
+  if constexpr (x.kPerWord == 2) {
+    for (int64_t i = 1; i < rows; ++i) {
+      x.load(w + i * columns);
+      most = larger(most, x.template largest<false>());
+    }
+  } else if (rows > 1) {
+    // where a transposition costs more, but one for all rows
     x.load_largest(w, rows, columns);
     most = x.template largest<false>();
   }
