@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -20,6 +21,9 @@ namespace rlkern {
 namespace {
 
 using torch::stable::Tensor;
+
+// Columns of a block of FP8, unless it is a whole row.
+constexpr int64_t kScaleBlock = 128;
 
 // Where the scales of a row of blocks go.
 struct Scales {
@@ -33,35 +37,73 @@ struct Scales {
   }
 };
 
-// kDivides, kAddsZero: of the order.
-template <class V, bool kDivides, bool kAddsZero>
-RLK_HD auto codes_of(V x, float factor) {
-  const V v = kDivides ? x / factor : x * factor;
-  return e4m3<V>(kAddsZero ? v + 0.0f : v);
+// What has its last place where E4M3 has it from 2^power on, and there the codes that are below.
+constexpr float adder(int power) {
+  const double place = power < 3 ? 1.0 / (1 << (3 - power)) : 1 << (power - 3);
+  return static_cast<float>(place * ((1 << 23) + 8 * (power + 6)));
 }
 
-template <class V, bool kDivides, bool kAddsZero, class T>
+// e4m3 of what is not NaN.
+template <class V>
+RLK_HD auto e4m3_of_numbers(V x) {
+  if constexpr (kWidth<V> == 16) {
+    // by the low bits of the exponent, from 2^-7 on
+    const V adders{adder(1),  adder(2),  adder(3),  adder(4),  adder(5),  adder(6),
+                   adder(7),  adder(8),  adder(-6), adder(-6), adder(-5), adder(-4),
+                   adder(-3), adder(-2), adder(-1), adder(0)};
+    const auto bits = Bits<V>::of(x);
+    const auto a = at_most(bits & kMagnitude, kLargestE4m3Bits);
+    const V sum = Bits<V>::from(a) + __builtin_shuffle(adders, not_below(a, 0x3C000000) >> 23);
+    return (Bits<V>::of(sum) & 0x7F) | ((bits >> 24) & 0x80);
+  } else {
+    return e4m3<V>(x);
+  }
+}
+
+// kDivides, kAddsZero: of the order. kNumbers: what is rounded is never NaN.
+template <class V, bool kDivides, bool kAddsZero, bool kNumbers>
+RLK_HD auto codes_of(V x, float factor) {
+  V v = kDivides ? x / factor : x * factor;
+  if constexpr (kAddsZero) v += 0.0f;
+  if constexpr (kNumbers)
+    return e4m3_of_numbers<V>(v);
+  else
+    return e4m3<V>(v);
+}
+
+template <class V, bool kDivides, bool kAddsZero, bool kNumbers, class T>
 RLK_HD void encode(const T* p, int64_t count, float factor, uint8_t* out) {
   int64_t j = 0;
   for (; j + kWidth<V> <= count; j += kWidth<V>) {
-    const auto codes = codes_of<V, kDivides, kAddsZero>(as_floats<V>(p + j), factor);
+    const auto codes = codes_of<V, kDivides, kAddsZero, kNumbers>(as_floats<V>(p + j), factor);
     store_as(out + j, __builtin_convertvector(codes, typename Narrow<V>::Bytes));
   }
   if (j == count) return;
-  const auto codes = codes_of<V, kDivides, kAddsZero>(load_up_to<V>(p + j, count - j), factor);
+  const auto codes =
+      codes_of<V, kDivides, kAddsZero, false>(load_up_to<V>(p + j, count - j), factor);
   for (int64_t i = 0; j + i < count; ++i) out[j + i] = static_cast<uint8_t>(codes[i]);
 }
 
-template <class V, class T>
+template <class V, bool kNumbers, class T>
 RLK_HD void encode_by(int64_t order, const T* p, int64_t count, float factor, uint8_t* out) {
   if (divides(order) && adds_zero(order))
-    encode<V, true, true>(p, count, factor, out);
+    encode<V, true, true, kNumbers>(p, count, factor, out);
   else if (divides(order))
-    encode<V, true, false>(p, count, factor, out);
+    encode<V, true, false, kNumbers>(p, count, factor, out);
   else if (adds_zero(order))
-    encode<V, false, true>(p, count, factor, out);
+    encode<V, false, true, kNumbers>(p, count, factor, out);
   else
-    encode<V, false, false>(p, count, factor, out);
+    encode<V, false, false, kNumbers>(p, count, factor, out);
+}
+// most: the largest magnitude of all, NaN where it is not known.
+template <class V, class T>
+RLK_HD void encode_by(int64_t order, const T* p, int64_t count, float factor, float most,
+                      uint8_t* out) {
+  // finite by finite, but 0 / 0
+  if (most <= kMostFloat && factor > 0.0f && factor <= kMostFloat)
+    encode_by<V, true>(order, p, count, factor, out);
+  else
+    encode_by<V, false>(order, p, count, factor, out);
 }
 
 // Adds what there is to say of codes that have just been written, from cache: of whole registers to
@@ -71,12 +113,13 @@ RLK_HD void count(const T* p, int64_t n, const Fp8Scale& s, int64_t order, const
                   const uint8_t* previous, Counts::Lanewise<V>& found, Counts& counts) {
   const float scale = s.value(order);
   if (previous) counts.changed += num_different(codes, previous, n);
-  const auto add = [&](Counts::Lanewise<V>& to, V x, const uint8_t* ours) {
-    const V w = Bits<V>::from(magnitudes(x));
-    const V scaled = divides(order) ? x / s.factor : x * s.factor;
-    const V code = from_e4m3<V>(as_ints<V>(ours) & 0x7F);
-    to.add(w, scaled, kLargestE4m3, code, code * scale);
-  };
+  const auto add = [&](Counts::Lanewise<V>& to, V x, const uint8_t* ours)
+                       __attribute__((always_inline)) {
+                         const V w = Bits<V>::from(magnitudes(x));
+                         const V scaled = divides(order) ? x / s.factor : x * s.factor;
+                         const V code = from_e4m3<V>(as_ints<V>(ours) & 0x7F);
+                         to.add(w, scaled, kLargestE4m3, code, code * scale);
+                       };
   int64_t j = 0;
   for (; j + kWidth<V> <= n; j += kWidth<V>) add(found, as_floats<V>(p + j), codes + j);
   if (j == n) return;
@@ -100,45 +143,70 @@ struct Sweep {
 };
 
 template <class V, class T>
-RLK_HD void encode_and_count(int64_t order, const T* p, int64_t n, const Fp8Scale& s, uint8_t* out,
-                             const Sweep& sweep, Counts::Lanewise<V>& found) {
-  encode_by<V>(order, p, n, s.factor, out);
+RLK_HD void encode_and_count(int64_t order, const T* p, int64_t n, const Fp8Scale& s, float most,
+                             uint8_t* out, const Sweep& sweep, Counts::Lanewise<V>& found) {
+  encode_by<V>(order, p, n, s.factor, most, out);
   if (sweep.counts) count<V>(p, n, s, order, out, sweep.previous, found, *sweep.counts);
 }
 template <class V, class T>
-RLK_HD void encode_and_count(int64_t order, const T* p, int64_t n, const Fp8Scale& s, uint8_t* out,
-                             const Sweep& sweep) {
+RLK_HD void encode_and_count(int64_t order, const T* p, int64_t n, const Fp8Scale& s, float most,
+                             uint8_t* out, const Sweep& sweep) {
   Counts::Lanewise<V> found;
-  encode_and_count<V>(order, p, n, s, out, sweep, found);
+  encode_and_count<V>(order, p, n, s, most, out, sweep, found);
   if (sweep.counts) sweep.counts->add(found, kWidth<V>);
+}
+
+// Rows of one are taken some blocks at a time, so that none waits for the scale of the one before.
+// kWide: of each block, or 0.
+template <class V, int64_t kWide, class T>
+RLK_HD void quantize_blocks(const T* w, const Strip& strip, const Fp8Rule& rule, uint8_t* out,
+                            const Scales& scales, const Sweep& sweep) {
+  // so many elements are few enough for sums in float32
+  constexpr int64_t kFew = 1 << 14;
+  constexpr int64_t kMany = 16;
+  using M = Magnitudes<V, T>;
+  const int64_t columns = strip.columns, wide = kWide ? kWide : strip.wide;
+  const int64_t together = strip.rows == 1 && wide <= kScaleBlock ? kMany : 1;
+  Counts::Lanewise<V> found;
+  int64_t num_found = 0;
+  float most[kMany];
+  Fp8Scale s[kMany];
+  for (int64_t j = 0; j < columns; j += together * wide) {
+    const int64_t blocks = std::min(together, (columns - j + wide - 1) / wide);
+    const auto across = [&](int64_t b) __attribute__((always_inline)) {
+      return kWide ? kWide : std::min(wide, columns - j - b * wide);
+    };
+    for (int64_t b = 0; b < blocks; ++b) {
+      typename M::Vector all{};
+      for (int64_t i = 0; i < strip.rows; ++i)
+        all = M::template over<false>(w + i * columns + j + b * wide, across(b), all);
+      most[b] = Bits<float>::from(M::reduce(all));
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      s[b] = fp8_scale(most[b], rule);
+      scales.put(j / wide + b, s[b]);
+    }
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t i = 0; i < strip.rows; ++i) {
+        const int64_t at = i * columns + j + b * wide;
+        encode_and_count<V>(rule.order, w + at, across(b), s[b], most[b], out + at, sweep.at(at),
+                            found);
+      }
+    num_found += strip.rows * std::min(together * wide, columns - j);
+    if (!sweep.counts || (num_found < kFew && j + together * wide < columns)) continue;
+    sweep.counts->add(found, kWidth<V>);
+    found = {};
+    num_found = 0;
+  }
 }
 
 template <class V, class T>
 RLK_HD void quantize_strip(const T* w, const Strip& strip, const Fp8Rule& rule, uint8_t* out,
                            const Scales& scales, const Sweep& sweep) {
-  // so many elements are few enough for sums in float32
-  constexpr int64_t kFew = 1 << 14;
-  const int64_t columns = strip.columns;
-  Counts::Lanewise<V> found;
-  int64_t num_found = 0;
-  for (int64_t j = 0, block = 0; j < columns; j += strip.wide, ++block) {
-    const int64_t count = std::min(strip.wide, columns - j);
-    using M = Magnitudes<V, T>;
-    typename M::Vector most{};
-    for (int64_t i = 0; i < strip.rows; ++i)
-      most = M::template over<false>(w + i * columns + j, count, most);
-    const Fp8Scale s = fp8_scale(Bits<float>::from(M::reduce(most)), rule);
-    scales.put(block, s);
-    for (int64_t i = 0; i < strip.rows; ++i) {
-      const int64_t at = i * columns + j;
-      encode_and_count<V>(rule.order, w + at, count, s, out + at, sweep.at(at), found);
-    }
-    num_found += strip.rows * count;
-    if (!sweep.counts || (num_found < kFew && j + strip.wide < columns)) continue;
-    sweep.counts->add(found, kWidth<V>);
-    found = {};
-    num_found = 0;
-  }
+  if (strip.wide == 32 && strip.columns % 32 == 0)
+    quantize_blocks<V, 32>(w, strip, rule, out, scales, sweep);
+  else
+    quantize_blocks<V, 0>(w, strip, rule, out, scales, sweep);
 }
 
 #define RLK_INSTANTIATE(T)                                                                      \
@@ -147,24 +215,24 @@ RLK_HD void quantize_strip(const T* w, const Strip& strip, const Fp8Rule& rule, 
     quantize_strip<f32x16>(w, strip, rule, out, scales, sweep);                                 \
   }                                                                                             \
   RLK_LANES_16 void encode_16(int64_t order, const T* w, int64_t count, const Fp8Scale& s,      \
-                              uint8_t* out, const Sweep& sweep) {                               \
-    encode_and_count<f32x16>(order, w, count, s, out, sweep);                                   \
+                              float most, uint8_t* out, const Sweep& sweep) {                   \
+    encode_and_count<f32x16>(order, w, count, s, most, out, sweep);                             \
   }                                                                                             \
   RLK_LANES_8 void strip_8(const T* w, const Strip& strip, const Fp8Rule& rule, uint8_t* out,   \
                            const Scales& scales, const Sweep& sweep) {                          \
     quantize_strip<f32x8>(w, strip, rule, out, scales, sweep);                                  \
   }                                                                                             \
   RLK_LANES_8 void encode_8(int64_t order, const T* w, int64_t count, const Fp8Scale& s,        \
-                            uint8_t* out, const Sweep& sweep) {                                 \
-    encode_and_count<f32x8>(order, w, count, s, out, sweep);                                    \
+                            float most, uint8_t* out, const Sweep& sweep) {                     \
+    encode_and_count<f32x8>(order, w, count, s, most, out, sweep);                              \
   }                                                                                             \
   void strip_4(const T* w, const Strip& strip, const Fp8Rule& rule, uint8_t* out,               \
                const Scales& scales, const Sweep& sweep) {                                      \
     quantize_strip<f32x4>(w, strip, rule, out, scales, sweep);                                  \
   }                                                                                             \
-  void encode_4(int64_t order, const T* w, int64_t count, const Fp8Scale& s, uint8_t* out,      \
-                const Sweep& sweep) {                                                           \
-    encode_and_count<f32x4>(order, w, count, s, out, sweep);                                    \
+  void encode_4(int64_t order, const T* w, int64_t count, const Fp8Scale& s, float most,        \
+                uint8_t* out, const Sweep& sweep) {                                             \
+    encode_and_count<f32x4>(order, w, count, s, most, out, sweep);                              \
   }
 RLK_INSTANTIATE(float)
 RLK_INSTANTIATE(bf16)
@@ -220,11 +288,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor w, std::optional<Tensor> amax,
           amax.has_value() ? *amax->const_data_ptr<float>() : tensor_amax(data, count, false);
       const Fp8Scale s = fp8_scale(a, rule);
       scales.put(0, s);
+      // the largest magnitude of all shards may be told wrong, or pass over NaN
+      const float most = amax.has_value() ? std::numeric_limits<float>::quiet_NaN() : a;
       torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
+        // backwards: what the search for the largest magnitude has read last is in the cache
+        for (int64_t i = end - 1; i >= begin; --i) {
           const int64_t at = i * kQuantizeGrain, n = std::min(kQuantizeGrain, count - at);
           const Sweep sweep = Sweep{before, counts.of(i)}.at(at);
-          RLK_CALL_BY_LANES(encode, order, data + at, n, s, out + at, sweep);
+          RLK_CALL_BY_LANES(encode, order, data + at, n, s, most, out + at, sweep);
         }
       });
     } else {

@@ -63,7 +63,8 @@ struct Quantized {
 
   bool nvfp4() const { return nibbles != nullptr; }
   int64_t across() const { return (depth + wide - 1) / wide; }
-  const uint8_t* row(int64_t n) const { return codes + n * (nvfp4() ? depth / 2 : depth); }
+  int64_t row_bytes() const { return nvfp4() ? depth / 2 : depth; }
+  const uint8_t* row(int64_t n) const { return codes + n * row_bytes(); }
   const uint8_t* row_nibbles(int64_t n) const { return nibbles + n * (depth / kNvfp4Block); }
   // One factor for each block along k; of NVFP4 one for all.
   const float* factors(int64_t n) const {
@@ -241,8 +242,11 @@ void forward_vbmi(const Quantized& w, const X* x, const float* token_factors, in
       int64_t scaled = -1;  // the rows of blocks whose factors are at hand
       for (int64_t n = begin * kWeightRows; n < std::min(w.rows, end * kWeightRows);
            n += kWeightRows) {
-        vbmi::Weights weights{{}, {}, w.depth, 0, steps, nullptr};
+        vbmi::Weights weights{{}, {}, w.depth, 0, steps, nullptr, {}};
+        float row_factors[kWeightRows], row_bias[kWeightRows];
         for_rows(n, w.rows, [&](int r, int64_t row) {
+          row_factors[r] = w.factor_stride() ? 1.0f : *w.factors(row);
+          row_bias[r] = out.bias ? static_cast<float>(out.bias[row]) : 0.0f;
           weights.codes[r] = w.row(row);
           weights.scales[r] = scales.as<vbmi::ScaleWords>() + r * words;
           if (words)
@@ -258,7 +262,6 @@ void forward_vbmi(const Quantized& w, const X* x, const float* token_factors, in
               factors.as<float>()[m * blocks + b] = of_weight * of_token;
             }
         }
-        std::memset(sums.as<char>(), 0, count * kWeightRows * 64);
         const int64_t chunk = count <= kFew ? steps : kSteps;
         for (weights.begin = 0; weights.begin < steps; weights.begin += chunk) {
           weights.end = std::min(steps, weights.begin + chunk);
@@ -266,7 +269,15 @@ void forward_vbmi(const Quantized& w, const X* x, const float* token_factors, in
             vbmi::decode_rows<Decoder>(weights, decoded.as<__m512i>());
             weights.decoded = decoded.as<__m512i>();
           }
-          for (int64_t m = 0; m < count;) {
+          // of the next steps, or rows, while there are tokens: two rows for each of the first
+          // calls
+          const bool more = weights.end<steps, last = n + 2 * kWeightRows> w.rows;
+          const int64_t at = more ? weights.end * vbmi::kStep / Decoder::kCodesPerByte
+                                  : w.row_bytes() * kWeightRows;
+          for (int64_t m = 0, call = 0; m < count; ++call) {
+            const bool wanted = weights.decoded && call < 2 && (more || !last);
+            for (int i = 0; i < 2; ++i)
+              weights.next[i] = wanted ? weights.codes[2 * call + i] + at : nullptr;
             const vbmi::Tokens some{packed.as<char>() + (m0 + m) * bytes, bytes,
                                     factors.as<float>() + m * blocks, blocks};
             const int taken =
@@ -276,12 +287,9 @@ void forward_vbmi(const Quantized& w, const X* x, const float* token_factors, in
             m += taken;
           }
         }
-        for (int64_t m = 0; m < count; ++m) {
-          float four[kWeightRows];
-          store_as(four, vbmi::lane_sums(sums.as<__m512>() + m * kWeightRows));
-          for (int r = 0; r < kWeightRows && n + r < w.rows; ++r)
-            out.put(m0 + m, n + r, w.factor_stride() ? four[r] : four[r] * *w.factors(n + r));
-        }
+        vbmi::put_rows(sums.as<__m512>(), count, row_factors, out.bias ? row_bias : nullptr,
+                       static_cast<int>(std::min<int64_t>(kWeightRows, w.rows - n)),
+                       out.data + m0 * out.columns + n, out.columns);
       }
     }
   });

@@ -257,6 +257,7 @@ struct Weights {
   const ScaleWords* scales[kRows];  // of NVFP4, one per kBlock
   int64_t depth, begin, end;
   const __m512i* decoded;  // these steps, kRows pairs each; null: they are decoded as they come
+  const uint8_t* next[2];  // where decoded: codes of two rows that are decoded later, or null
 };
 // Rows of packed tokens; and what the sums over each kBlock are multiplied by.
 struct Tokens {
@@ -266,12 +267,16 @@ struct Tokens {
   int64_t factor_stride;
 };
 
-template <bool kWhole, class Decoder>
+RLK_VBMI_INLINE void prefetch(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
+
+// kAhead: the same step of the rows that come next: the processor does not foresee so many short
+// streams.
+template <bool kWhole, bool kAhead, class Decoder>
 RLK_VBMI_INLINE Pairs decode_step(const Decoder& decoder, const Weights& w, int r, int64_t step) {
-  // The same step of the rows that come next: the processor does not foresee so many short streams.
   const uint8_t* const now = w.codes[r] + step * (kStep / Decoder::kCodesPerByte);
-  _mm_prefetch(reinterpret_cast<const char*>(now + kRows * w.depth / Decoder::kCodesPerByte),
-               _MM_HINT_T0);
+  if constexpr (kAhead) prefetch(now + kRows * w.depth / Decoder::kCodesPerByte);
   return decoder.template decode<kWhole>(now, w.depth - step * kStep, w.scales[r] + step / 2,
                                          step % 2);
 }
@@ -288,12 +293,18 @@ RLK_VBMI static __attribute__((noinline)) void add_dots(const Weights& w, int fi
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      total[r][m] = sums[m * kRows + first + r];
+      total[r][m] = w.begin == 0 ? _mm512_setzero_ps() : sums[m * kRows + first + r];
       sum[r][m] = kPromote ? _mm512_setzero_ps() : total[r][m];
     }
   const auto take = [&](int64_t step, auto whole) RLK_VBMI __attribute__((always_inline)) {
     const char* const x = t.data + step * kStepBytes;
     if constexpr (kDecoded) {
+      // a little at a time: together they would wait for each other
+      const int64_t line = (step - w.begin) * (kStep / Decoder::kCodesPerByte);
+      if (w.next[0]) {
+        prefetch(w.next[0] + line);
+        prefetch(w.next[1] + line);
+      }
       const __m512i* const from = w.decoded + (step - w.begin) * kRows * 2;
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
@@ -310,7 +321,7 @@ RLK_VBMI static __attribute__((noinline)) void add_dots(const Weights& w, int fi
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const Pairs pairs = decode_step<decltype(whole)::value>(decoder, w, first + r, step);
+        const Pairs pairs = decode_step<decltype(whole)::value, true>(decoder, w, first + r, step);
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v)
 #pragma GCC unroll 4
@@ -347,12 +358,18 @@ RLK_VBMI static __attribute__((noinline)) void add_dots(const Weights& w, int fi
 template <class Decoder>
 RLK_VBMI static void decode_rows(const Weights& w, __m512i* out) {
   const Decoder decoder = Decoder::make();
-  for (int64_t step = w.begin; step < w.end; ++step)
+  const auto put = [&](int64_t step, auto whole) RLK_VBMI __attribute__((always_inline)) {
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r, out += 2) {
-      const Pairs pairs = decode_step<false>(decoder, w, r, step);
+      const Pairs pairs = decode_step<decltype(whole)::value, false>(decoder, w, r, step);
       _mm512_store_si512(out, pairs.v[0]);
       _mm512_store_si512(out + 1, pairs.v[1]);
     }
+  };
+  const int64_t whole = std::min(w.end, w.depth / kStep);
+  int64_t step = w.begin;
+  for (; step < whole; ++step) put(step, std::true_type());
+  for (; step < w.end; ++step) put(step, std::false_type());
 }
 
 // How many of the tokens that are left the next call takes: two sums each would not fit the
@@ -393,6 +410,21 @@ RLK_VBMI static inline __m128 lane_sums(const __m512* x) {
   const __m256 quarter =
       _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
   return _mm_add_ps(_mm256_castps256_ps128(quarter), _mm256_extractf128_ps(quarter, 1));
+}
+
+// Of four rows and some tokens, the results: sums times the rows' factors, and their bias or null.
+template <class T>
+RLK_VBMI static void put_rows(const __m512* sums, int64_t tokens, const float* factor,
+                              const float* bias, int rows, T* out, int64_t columns) {
+  const __m128 factors = _mm_loadu_ps(factor), added = bias ? _mm_loadu_ps(bias) : _mm_setzero_ps();
+  for (int64_t m = 0; m < tokens; ++m, sums += kRows, out += columns) {
+    __m128 y = _mm_mul_ps(lane_sums(sums), factors);
+    if (bias) y = _mm_add_ps(y, added);
+    if (rows == kRows)
+      store(out, (f32x4)y);
+    else
+      store_partial(out, (f32x4)y, rows);
+  }
 }
 
 }  // namespace rlkern::vbmi

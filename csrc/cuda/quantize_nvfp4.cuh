@@ -76,8 +76,8 @@ template <Nvfp4Recipe recipe, bool kOfSquares, class T>
 __device__ Nvfp4Scale four_over_six(const Chunk<T>& x, float b, float amax,
                                     const Nvfp4Global& global) {
   const float raw = b / 6.0f * global.encode;
-  auto six = Candidate<float>::of<recipe>(raw, amax, global);
-  auto four = Candidate<float>::of<recipe>(raw * 1.5f, amax, global);
+  auto six = Candidate<float>::of<recipe>(raw, global);
+  auto four = Candidate<float>::of<recipe>(raw * 1.5f, global);
   constexpr bool kByHalves = recipe == kFouroversix;
   if (is_usual(amax)) {
     six.template add_errors<kOfSquares, kByHalves, true>(x, amax);

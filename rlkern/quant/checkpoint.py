@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rlkern import _check
+from rlkern.quant import compressed_tensors
 from rlkern.quant.linear import QuantizedLinear, Recipe
 from rlkern.quant.model import quantized_layers
 
@@ -95,41 +95,18 @@ def _tensors(
             continue
         out[name] = value.detach().cpu().contiguous()
     for name, layer in layers.items():
-        named = {"weight": layer.data, "weight_scale": layer.scale}
-        if layer.recipe.format == "nvfp4":
-            g = layer.global_scale
-            if format == "modelopt":
-                named |= {"weight_scale_2": g}
+        if format == "modelopt":
+            named = {"weight": layer.data, "weight_scale": layer.scale}
+            if layer.recipe.format == "nvfp4":
+                named |= {"weight_scale_2": layer.global_scale}
             else:
-                named = {"weight_packed": layer.data, "weight_scale": layer.scale}
-                named |= {"weight_global_scale": _divisor(g)}
-        elif format == "modelopt":
-            named["weight_scale"] = layer.scale[:, None, :, None]
-        elif layer.recipe.format == "fp8_tensor":
-            named["weight_scale"] = layer.scale.reshape(1)
+                named["weight_scale"] = layer.scale[:, None, :, None]
+        else:
+            named = compressed_tensors.entries(_OP, layer.weight)
         if layer.bias is not None:
             named["bias"] = layer.bias
         out |= {f"{name}.{key}": t.detach().cpu().contiguous() for key, t in named.items()}
     return out
-
-
-def _divisor(g: Tensor) -> Tensor:
-    """(1,) float32 S with 1 / S = g, rounded once."""
-    near = 1.0 / g.double()
-    found = near.float()
-    for candidate in (found, *(torch.nextafter(found, found * f) for f in (0.5, 2.0))):
-        if torch.equal(torch.ones_like(g) / candidate, g):
-            return candidate.reshape(1)
-    raise ValueError(f"{_OP}: no float32 has the reciprocal {g.item()!r}")
-
-
-def _weights(recipe: Recipe) -> dict[str, Any]:
-    common = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-    if recipe.format == "nvfp4":
-        return common | {"num_bits": 4, "strategy": "tensor_group", "group_size": 16}
-    if recipe.format == "fp8_block128":
-        return common | {"strategy": "block", "block_structure": [128, 128]}
-    return common | {"strategy": "channel" if recipe.format == "fp8_row" else "tensor"}
 
 
 def _compressed_tensors(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
@@ -137,11 +114,11 @@ def _compressed_tensors(recipe: Recipe, kept: list[str]) -> dict[str, Any]:
     if recipe.activations:
         tokens = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
         tokens |= {"strategy": "group", "group_size": 128}
-    group = {"targets": ["Linear"], "weights": _weights(recipe), "input_activations": tokens}
-    packed = recipe.format == "nvfp4"
+    weights = compressed_tensors.weight_args(recipe.format)
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens}
     return {
         "quant_method": "compressed-tensors",
-        "format": "nvfp4-pack-quantized" if packed else "float-quantized",
+        "format": compressed_tensors.compression(recipe.format),
         "quantization_status": "compressed",
         "ignore": kept,
         "config_groups": {"group_0": group},

@@ -84,6 +84,38 @@ def test_four_over_six_is_the_formula(rule, recipe):
         np.testing.assert_array_equal(q.global_scale.numpy(), decode)
 
 
+@pytest.mark.parametrize("recipe", ["te", "fouroversix"])
+@pytest.mark.parametrize("rule", ["mse", "mae"])
+def test_candidates_whose_errors_are_next_to_equal(rule, recipe):
+    """An element of each block is moved to where the choice changes, and some units around it: the
+    kernels compare rough sums first, which cannot tell there."""
+    amax = torch.tensor(4.0)
+
+    def scales(w):
+        return torch.from_numpy(quant_oracle.four_over_six(w.numpy(), rule, 4.0, recipe)[1])
+
+    w = torch.randn(4096, 16, generator=torch.Generator().manual_seed(3)).clamp(-3.5, 3.5)
+    w[:, 7] = 4.0
+    other = w.clone()
+    other[:, 0] = torch.rand(4096, generator=torch.Generator().manual_seed(4)) * 3.5
+    w, other = (x[(scales(w) != scales(other)).flatten()] for x in (w, other))
+    assert len(w) > 100
+    low, high = w[:, 0].clone(), other[:, 0].clone()
+    for _ in range(40):
+        w[:, 0] = (low + high) / 2
+        moved = (scales(w) == scales(other)).flatten()
+        low, high = torch.where(moved, low, w[:, 0]), torch.where(moved, w[:, 0], high)
+    units = torch.arange(-8, 9, dtype=torch.int32)
+    near = w[:, None].repeat(1, len(units), 1)
+    near[..., 0] = (w[:, :1].contiguous().view(torch.int32) + units).view(torch.float32)
+    near = near.view(-1, 16)
+    q = rlkern.quantize_nvfp4(near, recipe, four_over_six=rule, amax=amax)
+    codes, scale, _ = quant_oracle.four_over_six(near.numpy(), rule, 4.0, recipe)
+    assert len(np.unique(scale)) == 2
+    np.testing.assert_array_equal(q.scale.view(torch.uint8).numpy(), scale)
+    np.testing.assert_array_equal(q.data.numpy(), codes)
+
+
 def test_four_over_six_is_nearer():
     w = torch.randn(256, 1024) * 0.02
     off = {

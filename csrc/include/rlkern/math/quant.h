@@ -309,24 +309,18 @@ template <class F>
 struct Candidate {
   decltype(Bits<F>::of(F{})) scale;
   F step, factor, error;
-  // what codes of 1 and 1.5 stand for, ((code step) amax) / 1536: of others they are a power of two
-  // times one of these, rounded alike where amax is usual
-  F one, one_and_half;
 
   template <Nvfp4Recipe recipe>
-  static RLK_HD Candidate of(F raw, float amax, Nvfp4Global global) {
+  static RLK_HD Candidate of(F raw, Nvfp4Global global) {
     const auto scale = e4m3<F>(raw);
     const F step = from_e4m3<F>(scale);
-    return {scale,
-            step,
-            te_factor<recipe>(step, global),
-            F{},
-            step * amax / 1536.0f,
-            1.5f * step * amax / 1536.0f};
+    return {scale, step, te_factor<recipe>(step, global), F{}};
   }
-  // The error of elements of magnitude w: of -w it is the same.
+  // The error of elements of magnitude w: of -w it is the same. one, one_and_half: what codes of
+  // these stand for, ((code step) amax) / 1536: of others they are a power of two times one of
+  // these, rounded alike where amax is usual.
   template <bool kOfSquares, bool kUsual>
-  RLK_HD F error_of(F w, float amax) const {
+  RLK_HD F error_of(F w, float amax, F one, F one_and_half) const {
     const auto a = at_most(Bits<F>::of(w * factor), kLargestE2m1Bits);
     const F rounded = NearestE2m1<F>::of(a).value();
     const auto bits = Bits<F>::of(rounded);
@@ -343,10 +337,12 @@ struct Candidate {
   // From left to right; with kByHalves those of elements i and i + 8 first.
   template <bool kOfSquares, bool kByHalves, bool kUsual, class Block>
   RLK_HD void add_errors(const Block& x, float amax) {
+    const F one = step * amax / 1536.0f, one_and_half = 1.5f * step * amax / 1536.0f;
     RLK_UNROLL
     for (int e = 0; e < (kByHalves ? 8 : 16); ++e) {
-      F term = error_of<kOfSquares, kUsual>(x.magnitude(e), amax);
-      if constexpr (kByHalves) term += error_of<kOfSquares, kUsual>(x.magnitude(e + 8), amax);
+      F term = error_of<kOfSquares, kUsual>(x.magnitude(e), amax, one, one_and_half);
+      if constexpr (kByHalves)
+        term += error_of<kOfSquares, kUsual>(x.magnitude(e + 8), amax, one, one_and_half);
       error += term;
     }
   }
