@@ -25,7 +25,7 @@ from bench.machine import machine
 from rlkern.rollout import NativeEngine, VllmEngine
 
 GROUP = 8
-ROUNDS = 5
+ROUNDS = 9
 VLLM = importlib.util.find_spec("vllm") is not None
 SIZES = {
     "demo": {"vocab_size": 40, "hidden_size": 128, "intermediate_size": 384, "heads": 4},
