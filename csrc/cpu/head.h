@@ -39,18 +39,16 @@ void parallel(int64_t n, const F& f) {
   torch::stable::parallel_for(0, n, 1, f);
 }
 
-// Has the system back memory that is about to be written for the first time, by all threads and in
-// pages of 2 MiB where it has those: a fault for every 4 KiB costs half as much again, and clearing
-// and returning them four times as much.
+// Has the system back memory that is about to be written for the first time, by all threads and
+// many pages a call: a fault for every page costs half as much again.
 inline void populate(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_POPULATE_WRITE)
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20, kPiece = 2 * kHuge;
-  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(data), kHuge);
+  constexpr uintptr_t kPage = 4096, kPiece = uintptr_t{4} << 20;
+  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(data), kPage);
   const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
   if (begin + kPiece > end) return;
-  // hints: nothing depends on them
-  (void)madvise(reinterpret_cast<void*>(begin), (end - begin) / kHuge * kHuge, MADV_HUGEPAGE);
   parallel((end - begin) / kPiece, [&](int64_t from, int64_t to) {
+    // a hint: nothing depends on it
     (void)madvise(reinterpret_cast<void*>(begin + from * kPiece), (to - from) * kPiece,
                   MADV_POPULATE_WRITE);
   });

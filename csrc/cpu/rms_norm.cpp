@@ -47,8 +47,11 @@ struct Norm {
     return rounded<T>(w * rounded<T>(v * inverse));
   }
 
+  // v is rounded already.
   RLK_HD void put(T* row, int64_t d, int64_t count, f32x16 v) const {
-    if (count >= kLanes)
+    if (count >= kLanes && std::is_same_v<T, bf16>)
+      store_as(row + d, __builtin_convertvector(Bits<f32x16>::of(v) >> 16, u16x16));
+    else if (count >= kLanes)
       store(row + d, v);
     else
       store_partial(row + d, v, count);
@@ -80,8 +83,8 @@ struct Norm {
           rounded<T>(whole ? load(cos + token) : load_partial(cos + token, count, 0.0f));
       const f32x16 s =
           rounded<T>(whole ? load(sin + token) : load_partial(sin + token, count, 0.0f));
-      put(to, d, count, rounded<T>(low * c) - rounded<T>(high * s));
-      put(to, half + d, count, rounded<T>(high * c) + rounded<T>(low * s));
+      put(to, d, count, rounded<T>(rounded<T>(low * c) - rounded<T>(high * s)));
+      put(to, half + d, count, rounded<T>(rounded<T>(high * c) + rounded<T>(low * s)));
     }
     for (int64_t d = 2 * half; d < width; d += kLanes)
       put(to, d, width - d, at(row, d, width - d, inverse));
