@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from rlkern import _check
+from rlkern._peers import Peer
 from rlkern.ops import _quantized
 from rlkern.ops._dequantize import BLOCKS
 from rlkern.ops._quantized import QuantizedTensor
-from rlkern.quant._peers import Peer
 
 _TO, _FROM = "to_compressed_tensors", "from_compressed_tensors"
 _PEER = Peer("compressed-tensors", ">=0.20,<0.21")

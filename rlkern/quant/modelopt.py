@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from rlkern import _check
+from rlkern._peers import Peer
 from rlkern.ops import _quantized
 from rlkern.ops._dequantize import BLOCKS
 from rlkern.ops._quantized import QuantizedTensor
-from rlkern.quant._peers import Peer
 
 _TO, _FROM = "to_modelopt", "from_modelopt"
 _PEER = Peer("nvidia-modelopt", ">=0.47,<0.48")

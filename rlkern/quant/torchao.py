@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from rlkern import _check
+from rlkern._peers import Peer
 from rlkern.ops import _quantized
 from rlkern.ops._dequantize import BLOCKS
 from rlkern.ops._quantized import QuantizedTensor
-from rlkern.quant._peers import Peer
 
 _TO, _FROM = "to_torchao", "from_torchao"
 _PEER = Peer("torchao", ">=0.18,<0.19")

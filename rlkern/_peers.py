@@ -11,7 +11,7 @@ class Peer(NamedTuple):
     package: str
     """As pip knows it."""
     tested: str
-    """The versions that tests/peers has met."""
+    """The versions whose signatures are known."""
 
     def version(self) -> str:
         try:
