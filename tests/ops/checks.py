@@ -86,7 +86,9 @@ def check_deterministic(op: str, device: str, dtype: torch.dtype) -> None:
     threads = torch.get_num_threads()
     for name, args in samples.sample_inputs(device, dtype):
         for kernel in kernels(op, device):
-            if kernel.name == "reference":
+            # the interpreter runs one program after another: it would show no race
+            interpreted = kernel.name == "triton" and device == "cpu"
+            if kernel.name == "reference" or interpreted:
                 continue
             runs = []
             # a launcher may call torch's matmul, which promises no such thing
