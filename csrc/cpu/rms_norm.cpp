@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "rope.h"
 #include "vec.h"
 
 namespace rlkern {
@@ -118,30 +119,17 @@ Tensor rms_norm(Tensor x, std::optional<Tensor> weight, double eps, std::optiona
     RLK_CHECK_CONTIGUOUS(*weight);
     STD_TORCH_CHECK(weight->scalar_type() == x.scalar_type(), "weight must have the dtype of x");
   }
-  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos and sin must be given together");
-  int64_t half = 0;
-  if (cos.has_value()) {
-    half = cos->size(1);
-    for (const Tensor* t : {&*cos, &*sin}) {
-      RLK_CHECK_CPU(*t);
-      RLK_CHECK_DTYPE(*t, Float);
-      RLK_CHECK_DIM(*t, 2);
-      RLK_CHECK_SIZE(*t, 0, tokens);
-      RLK_CHECK_SIZE(*t, 1, half);
-      RLK_CHECK_CONTIGUOUS(*t);
-    }
-    STD_TORCH_CHECK(2 * half <= width, "cos must have at most half as many columns as a head");
-  }
+  const Rope rope(cos, sin, tokens, width);
   Tensor out = torch::stable::empty_like(x);
   RLK_DISPATCH_FLOAT(x, T, {
     const Norm<T> norm{x.const_data_ptr<T>(),
                        weight.has_value() ? weight->const_data_ptr<T>() : nullptr,
-                       half > 0 ? cos->const_data_ptr<float>() : nullptr,
-                       half > 0 ? sin->const_data_ptr<float>() : nullptr,
+                       rope.cos,
+                       rope.sin,
                        out.mutable_data_ptr<T>(),
                        heads,
                        width,
-                       half,
+                       rope.half,
                        static_cast<float>(eps)};
     torch::stable::parallel_for(0, tokens * heads,
                                 std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)),

@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "rope.h"
 #include "vec.h"
 
 namespace rlkern {
@@ -107,31 +108,18 @@ void write_kv(Tensor key, Tensor value, Tensor slots, Tensor k_cache, Tensor v_c
   RLK_CHECK_SIZE(v_cache, 1, k_cache.size(1));
   RLK_CHECK_DIM(slots, 1);
   RLK_CHECK_SIZE(slots, 0, tokens);
-  STD_TORCH_CHECK(cos.has_value() == sin.has_value(), "cos and sin must be given together");
-  int64_t half = 0;
-  if (cos.has_value()) {
-    half = cos->size(1);
-    for (const Tensor* t : {&*cos, &*sin}) {
-      RLK_CHECK_CPU(*t);
-      RLK_CHECK_DTYPE(*t, Float);
-      RLK_CHECK_DIM(*t, 2);
-      RLK_CHECK_SIZE(*t, 0, tokens);
-      RLK_CHECK_SIZE(*t, 1, half);
-      RLK_CHECK_CONTIGUOUS(*t);
-    }
-    STD_TORCH_CHECK(2 * half <= width, "cos must have at most half as many columns as key");
-  }
+  const Rope rope(cos, sin, tokens, width);
   const int64_t num_slots = k_cache.size(0) * k_cache.size(1);
   RLK_DISPATCH_FLOAT(key, T, {
     const Writer<T> writer{key.const_data_ptr<T>(),
                            value.const_data_ptr<T>(),
                            k_cache.mutable_data_ptr<T>(),
                            v_cache.mutable_data_ptr<T>(),
-                           cos.has_value() ? cos->const_data_ptr<float>() : nullptr,
-                           sin.has_value() ? sin->const_data_ptr<float>() : nullptr,
+                           rope.cos,
+                           rope.sin,
                            heads,
                            width,
-                           half};
+                           rope.half};
     if (slots.scalar_type() == ScalarType::Int) {
       run(writer, slots.const_data_ptr<int32_t>(), tokens, num_slots);
     } else {

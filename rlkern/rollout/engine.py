@@ -112,8 +112,21 @@ def first_place(ids: Tensor) -> Tensor:
     return first[group]
 
 
+def check_prompts(engine: str, prompts: list[list[int]]) -> None:
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError(f"{engine}.generate: expected prompts of at least one token")
+
+
+def check_sampling(engine: str, group_size: int, max_new_tokens: int, temperature: float) -> None:
+    if group_size < 1 or max_new_tokens < 1 or not temperature > 0:
+        raise ValueError(
+            f"{engine}.generate: expected group_size >= 1, max_new_tokens >= 1 and "
+            f"temperature > 0, got {group_size}, {max_new_tokens} and {temperature}"
+        )
+
+
 class Engine(Protocol):
-    """Anything that can sample: the trainer needs this method and nothing else."""
+    """Anything that can sample."""
 
     def generate(
         self,

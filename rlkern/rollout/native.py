@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from rlkern.kv import TreeKVCache, Work, hf
 from rlkern.ops.tree_attention import TreePlan
 from rlkern.rollout.decoder import Decoder
-from rlkern.rollout.engine import Rollouts
+from rlkern.rollout.engine import Rollouts, check_prompts, check_sampling
 from rlkern.rollout.run import Kept, Run
 from rlkern.rollout.strategies.base import Strategy
 
@@ -107,13 +107,9 @@ class NativeEngine:
         its own prompts, of which there may be none; `Rollouts.prompt_ids` counts on from call to
         call as long as that happens.
         """
-        if not (prompts or self.kept.groups) or min(map(len, prompts), default=1) == 0:
-            raise ValueError("NativeEngine.generate: expected prompts of at least one token")
-        if group_size < 1 or max_new_tokens < 1 or not temperature > 0:
-            raise ValueError(
-                "NativeEngine.generate: expected group_size >= 1, max_new_tokens >= 1 and "
-                f"temperature > 0, got {group_size}, {max_new_tokens} and {temperature}"
-            )
+        if prompts or not self.kept.groups:
+            check_prompts("NativeEngine", prompts)
+        check_sampling("NativeEngine", group_size, max_new_tokens, temperature)
         config = self.model.config.get_text_config()
         need = max(map(len, prompts), default=0) + max_new_tokens
         need = max(need, self.kept.longest(max_new_tokens))

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlkern.rollout.engine import Rollouts, offsets
+from rlkern.rollout.engine import Rollouts, check_prompts, check_sampling, offsets
 from rlkern.rollout.run import Kept
 from rlkern.rollout.strategies.base import Strategy
 
@@ -165,13 +165,8 @@ class VllmEngine:
                 f"VllmEngine.generate: expected plain groups, got {type(strategy).__name__}: vLLM "
                 "neither forks nor prunes branches while it decodes"
             )
-        if not prompts or min(map(len, prompts)) == 0:
-            raise ValueError("VllmEngine.generate: expected prompts of at least one token")
-        if group_size < 1 or max_new_tokens < 1 or not temperature > 0:
-            raise ValueError(
-                "VllmEngine.generate: expected group_size >= 1, max_new_tokens >= 1 and "
-                f"temperature > 0, got {group_size}, {max_new_tokens} and {temperature}"
-            )
+        check_prompts("VllmEngine", prompts)
+        check_sampling("VllmEngine", group_size, max_new_tokens, temperature)
         config = self.llm.model_config
         limit = config.max_model_len
         if (need := max(map(len, prompts)) + max_new_tokens) > limit:
