@@ -89,9 +89,9 @@ bench: setup
 	$(PY) -m pytest bench --benchmark-enable --bench-results bench/results $(ARGS)
 	$(PY) -m bench.report
 
-# every preset of the policy loss on one task: docs/train.md
-sweep: setup
-	$(PY) -m bench.train_sweep $(ARGS)
+# every preset of the policy loss on one task, and vLLM as the engine: docs/train.md
+sweep: setup $(VLLM)/.installed
+	$(VLLM)/bin/python -m bench.train_sweep $(ARGS)
 	$(PY) -m bench.report
 
 docs: setup

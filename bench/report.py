@@ -96,32 +96,8 @@ def markdown(name: str, document: Path) -> str:
         saved = json.loads(path.read_text())
         if "benchmarks" in saved:
             parts.append(_section(load(path), document))
-        elif saved.get("kind") == "errors":
-            parts.append(_errors(path, saved, document))
-        elif saved.get("kind") == "parity":
-            parts.append(_parity(path, saved, document))
-        elif saved.get("kind") == "memory":
-            parts.append(_memory(path, saved, document))
-        elif saved.get("kind") == "demo":
-            parts.append(_demo(path, saved, document))
-        elif saved.get("kind") == "precision":
-            parts.append(_precision(path, saved, document))
-        elif saved.get("kind") == "weight_sync":
-            parts.append(_weight_sync(path, saved, document))
-        elif saved.get("kind") == "share_prefix":
-            parts.append(_share_prefix(path, saved, document))
-        elif saved.get("kind") == "trees":
-            parts.append(_trees(path, saved, document))
-        elif saved.get("kind") == "sweep":
-            parts.append(_sweep(path, saved, document))
-        elif saved.get("kind") == "survival":
-            parts.append(_survival(path, saved, document))
-        elif saved.get("kind") == "rollout":
-            parts.append(_rollout(path, saved, document))
-        elif saved.get("kind") == "kernel_resources":
-            parts.append(_kernel_resources(path, saved, document))
-        elif saved.get("kind") == "cuda_resources":
-            parts.append(_cuda_resources(path, saved, document))
+        elif render := TABLES.get(saved.get("kind")):
+            parts.append(render(path, saved, document))
         else:
             raise SystemExit(f"{path.relative_to(ROOT)}: no table is known for such a result")
     return "\n".join(parts) if parts else "Not measured yet.\n"
@@ -323,7 +299,9 @@ def _sweep(path: Path, saved: dict, document: Path) -> str:
         ]
         lines.append(_line(cells))
     seeds = ", ".join(str(seed) for seed in saved["seeds"])
-    end = f"{saved['steps']} steps; seeds: {seeds}."
+    end = (
+        f"{saved['steps']} steps. Rows with a range: seeds {seeds}; the others: the first of them."
+    )
     return "\n".join([*lines, "", end, ""])
 
 
@@ -387,6 +365,29 @@ def _rollout(path: Path, saved: dict, document: Path) -> str:
     return "\n".join([*lines, "", end, ""])
 
 
+def _train_trl(path: Path, saved: dict, document: Path) -> str:
+    """The reference trainer's tokens a second, memory and rewards beside GRPOTrainer's."""
+    head = ["case", "seed", "tokens/s over TRL's", "step, rlkern", "step, TRL"]
+    head += ["peak memory, rlkern", "TRL", "reward of the last 5 steps, rlkern", "TRL"]
+    lines = [_source(path, saved, document), "", *_head(head)]
+    for row in saved["rows"]:
+        sides = row["rlkern"], row["trl"]
+        cells = [row["case"], str(row["seed"]), _times(row["speedup"])]
+        cells += [f"{sum(side['seconds']) / len(side['seconds']):.2f} s" for side in sides]
+        cells += [f"{side['peak_mib']:,} ({side['imports_mib']:,}) MiB" for side in sides]
+        cells += [f"{side['last_rewards']:.3f}" for side in sides]
+        lines.append(_line(cells))
+    shapes = "; ".join(
+        f"`{name}`: {case['steps']} steps of {case['prompts']} x {case['group']} samples of at "
+        f"most {case['new']} tokens, {case['updates']} updates each"
+        for name, case in saved["cases"].items()
+    )
+    load = saved["machine_info"]["load_at_end"][-1]
+    end = f"{shapes}. In brackets a process that imports the trainer and no more. TRL "
+    end += f"{saved['trl']}, with transformers {saved['trl_transformers']}. Load average over 15 "
+    return "\n".join([*lines, "", f"{end}minutes: {load}.", ""])
+
+
 def _share_prefix(path: Path, saved: dict, document: Path) -> str:
     """A training step with the prompt once, over one with a copy for each response."""
     head = ["dtype", "unshared / shared", "rows of the model", "gradients differ by"]
@@ -447,6 +448,24 @@ def _cuda_resources(path: Path, saved: dict, document: Path) -> str:
         name = kernel.removesuffix("_kernel")
         lines.append(_line([name, dtype, str(count), *cells, f"{spilled} B"]))
     return "\n".join([*lines, ""])
+
+
+TABLES: dict[str, Callable[[Path, dict, Path], str]] = {
+    "errors": _errors,
+    "parity": _parity,
+    "memory": _memory,
+    "demo": _demo,
+    "precision": _precision,
+    "weight_sync": _weight_sync,
+    "share_prefix": _share_prefix,
+    "trees": _trees,
+    "sweep": _sweep,
+    "survival": _survival,
+    "rollout": _rollout,
+    "train_trl": _train_trl,
+    "kernel_resources": _kernel_resources,
+    "cuda_resources": _cuda_resources,
+}
 
 
 def _source(path: Path, saved: dict, document: Path) -> str:

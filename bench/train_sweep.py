@@ -1,10 +1,11 @@
 """Every preset of the policy loss on one task from one warm-up, through the command line.
 
-    python -m bench.train_sweep [--seeds 0 1 2]     # bench/results/<machine>/sweep.json
+    python -m bench.train_sweep          # in .venv-vllm: with vLLM too; <machine>/sweep.json
 
-Sorting four digits, 20 steps of 32 x 16 samples at one learning rate, so no ranking of methods; the
-last rows sample two steps ahead of training. Where a preset leaves a number to the caller, it is
-that of NUMBERS. A preset that needs inputs which the trainer does not have says so.
+Sorting four digits, 20 steps of 16 x 16 samples at one learning rate, so no ranking of methods. The
+first seed alone, but for COMPARED: rows that sample two steps ahead of training, or by vLLM, and
+those that they stand beside. Where a preset leaves a number to the caller, it is that of NUMBERS. A
+preset that needs inputs which the trainer does not have says so.
 """
 
 import argparse
@@ -33,6 +34,7 @@ SETTINGS = {
     "data.train_size": "4000",
     "warmup.steps": str(WARMUP),
     "warmup.batch_size": "128",
+    "rollout.prompts": "16",
     "rollout.max_new_tokens": "5",
     "optim.schedule": "constant",
     "eval.every": "0",
@@ -52,17 +54,21 @@ NUMBERS = {
     "spine": "{ entropy_threshold = 0.7 }",
 }
 # name -> preset, its options, other words of the command line
-RUNS = {name: (name, NUMBERS.get(name, "{}"), []) for name in PRESETS} | {
+RUNS = {name: (name, NUMBERS.get(name, "{}"), []) for name in PRESETS}
+OTHERS = {
+    "grpo, sampled by vLLM": ("grpo", "{}", ["--rollout.engine", "vllm"]),
     "grpo, two steps ahead": ("grpo", "{}", AHEAD),
     "decoupled_ppo, two steps ahead": ("decoupled_ppo", "{}", AHEAD),
     "minpro, two steps ahead": ("minpro", '{ ratio_anchor = "rollout" }', AHEAD),
 }
+RUNS |= OTHERS
+COMPARED = {"grpo", "minpro", *OTHERS}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), help="some of the rows")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -78,6 +84,8 @@ def main() -> int:
             if code:
                 raise SystemExit(err)
             for number, name in enumerate(args.runs):
+                if seed != args.seeds[0] and name not in COMPARED:
+                    continue
                 where = Path(folder) / f"{seed}-{number}"
                 runs.append({"run": name, "seed": seed, **measure(warm, where, name, args.steps)})
                 print(json.dumps(runs[-1]), flush=True)
