@@ -4,5 +4,6 @@ from rlkern.rollout.engine import Engine, Rollouts
 from rlkern.rollout.explore import most_contrastive
 from rlkern.rollout.native import NativeEngine
 from rlkern.rollout.vllm import VllmEngine
+from rlkern.rollout.vllm_server import VllmServer
 
-__all__ = ["Engine", "NativeEngine", "Rollouts", "VllmEngine", "most_contrastive"]
+__all__ = ["Engine", "NativeEngine", "Rollouts", "VllmEngine", "VllmServer", "most_contrastive"]

@@ -14,7 +14,7 @@ import os
 import random
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ class VllmEngine:
             }
             self.eager = options["enforce_eager"]
             if isinstance(model, (str, Path)):
-                self.shapes, self.ties = _shapes(Path(model)), set()
+                self.shapes, self.ties = shapes_of(Path(model)), set()
                 self.llm = _made(vllm.LLM(str(model), **options))
                 return
             with tempfile.TemporaryDirectory() as folder:
@@ -115,19 +115,12 @@ class VllmEngine:
         Raises:
             ValueError: a missing, unknown or ill-shaped tensor. The old weights stay then.
         """
-        given = {name: tuple(w.shape) for name, w in weights.items() if name not in self.ties}
-        if given != self.shapes:
-            odd = dict(given.items() ^ self.shapes.items())
-            name = next(iter(odd))
-            raise ValueError(
-                f"VllmEngine.update_weights: expected {name} of shape {self.shapes.get(name)}, got "
-                f"{given.get(name)}; {len(odd)} names in all differ"
-            )
+        given = check_weights("VllmEngine", weights, self.shapes, self.ties)
         pairs = ((name, weights[name].detach()) for name in given)
         with torch.no_grad(), _undisturbed():
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
             if self.on_cpu:
-                self.llm.apply_model(_pack_tied_head)
+                self.llm.apply_model(pack_tied_head)
             if not self.llm.reset_prefix_cache():
                 raise RuntimeError("VllmEngine.update_weights: the prefix cache is in use")
         self.version = self.version + 1 if version is None else version
@@ -160,44 +153,24 @@ class VllmEngine:
 
         stats: rollout/prefix_cached, the share of prompt tokens that were read from the cache.
         """
-        if strategy is not None and type(strategy) is not Strategy:
-            raise ValueError(
-                f"VllmEngine.generate: expected plain groups, got {type(strategy).__name__}: vLLM "
-                "neither forks nor prunes branches while it decodes"
-            )
-        check_prompts("VllmEngine", prompts)
-        check_sampling("VllmEngine", group_size, max_new_tokens, temperature)
         config = self.llm.model_config
-        limit = config.max_model_len
-        if (need := max(map(len, prompts)) + max_new_tokens) > limit:
-            raise ValueError(
-                f"VllmEngine.generate: longest prompt + max_new_tokens = {need} tokens, but vLLM "
-                f"was made for {limit} (max_model_len)"
-            )
-        ends = [i for i in self.eos if 0 <= i < config.get_vocab_size()]  # vLLM takes no others
-        count = len(prompts) * group_size
-        seeds: list[int | None] = [None] * count
-        if generator is not None:
-            device = generator.device
-            drawn = torch.randint(2**63 - 1, (count,), generator=generator, device=device)
-            seeds = drawn.tolist()
-        params = [
-            self.vllm.SamplingParams(
-                max_tokens=max_new_tokens,
-                temperature=0.0 if greedy else temperature,
-                top_k=0 if greedy else top_k,
-                top_p=1.0 if greedy else top_p,
-                min_p=0.0 if greedy else min_p,
-                seed=seed,
-                stop_token_ids=ends,
-                ignore_eos=True,  # the model's own: these are those of `stop_token_ids`
-                logprobs=0,  # of the sampled token alone
-                flat_logprobs=True,
-                detokenize=False,
-                skip_clone=True,
-            )
-            for seed in seeds
-        ]
+        arguments = sampling_arguments(
+            "VllmEngine",
+            prompts,
+            [i for i in self.eos if 0 <= i < config.get_vocab_size()],  # vLLM takes no others
+            config.max_model_len,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            greedy=greedy,
+            strategy=strategy,
+        )
+        seeds = draw_seeds(generator, len(prompts) * group_size)
+        quick = {"flat_logprobs": True, "detokenize": False, "skip_clone": True}
+        params = [self.vllm.SamplingParams(seed=seed, **arguments, **quick) for seed in seeds]
         asked = [{"prompt_token_ids": list(p)} for p in prompts for _ in range(group_size)]
         # vLLM compiles one function, of ranks that nobody asks for: 20 s on a CPU
         stance = (
@@ -209,34 +182,11 @@ class VllmEngine:
         self.stats = {
             "rollout/prefix_cached": read / sum(len(p["prompt_token_ids"]) for p in asked)
         }
-        return self._packed(prompts, group_size, [out.outputs[0] for out in outputs], generator)
-
-    def _packed(
-        self,
-        prompts: list[list[int]],
-        group_size: int,
-        completions: list[Any],
-        generator: torch.Generator | None,
-    ) -> Rollouts:
-        device = "cpu" if generator is None else generator.device
-
-        def packed(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        tokens = packed([i for one in completions for i in one.token_ids])
-        logprob = packed([x for one in completions for x in one.logprobs.logprobs], torch.float32)
-        number = torch.arange(len(prompts), device=device)
-        return Rollouts(
-            prompt_tokens=packed([i for prompt in prompts for i in prompt]),
-            prompt_cu_seqlens=offsets(packed([len(prompt) for prompt in prompts])),
-            tokens=tokens,
-            cu_seqlens=offsets(packed([len(one.token_ids) for one in completions])),
-            logprob=logprob,
-            group_ids=number.repeat_interleave(group_size),
-            truncated=packed([one.finish_reason == "length" for one in completions], torch.bool),
-            versions=torch.full_like(tokens, self.version),
-            prompt_ids=number,
-        )
+        drawn = [
+            (one.token_ids, one.logprobs.logprobs, one.finish_reason == "length")
+            for one in (out.outputs[0] for out in outputs)
+        ]
+        return packed(prompts, group_size, drawn, self.version, generator)
 
     def sleep(self, level: int = 1) -> None:
         """Frees the device's memory: level 1 keeps the weights on the host, 2 drops them too.
@@ -254,6 +204,100 @@ class VllmEngine:
         self.llm.wake_up()
 
 
+def sampling_arguments(
+    engine: str,
+    prompts: list[list[int]],
+    ends: list[int],
+    limit: int,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    greedy: bool,
+    strategy: Strategy | None,
+) -> dict[str, Any]:
+    """Checks what an engine was asked for -> arguments of vllm.SamplingParams."""
+    if strategy is not None and type(strategy) is not Strategy:
+        raise ValueError(
+            f"{engine}.generate: expected plain groups, got {type(strategy).__name__}: vLLM "
+            "neither forks nor prunes branches while it decodes"
+        )
+    check_prompts(engine, prompts)
+    check_sampling(engine, group_size, max_new_tokens, temperature)
+    if (need := max(map(len, prompts)) + max_new_tokens) > limit:
+        raise ValueError(
+            f"{engine}.generate: longest prompt + max_new_tokens = {need} tokens, but vLLM "
+            f"was made for {limit} (max_model_len)"
+        )
+    return {
+        "max_tokens": max_new_tokens,
+        "temperature": 0.0 if greedy else temperature,
+        "top_k": 0 if greedy else top_k,
+        "top_p": 1.0 if greedy else top_p,
+        "min_p": 0.0 if greedy else min_p,
+        "stop_token_ids": ends,
+        "ignore_eos": True,  # the model's own: these are those of `stop_token_ids`
+        "logprobs": 0,  # of the sampled token alone
+    }
+
+
+def draw_seeds(generator: torch.Generator | None, count: int) -> list[int | None]:
+    """A seed for each of vLLM's requests, or none."""
+    if generator is None:
+        return [None] * count
+    device = generator.device
+    return torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
+
+
+def packed(
+    prompts: list[list[int]],
+    group_size: int,
+    drawn: list[tuple[Sequence[int], Sequence[float], bool]],
+    version: int,
+    generator: torch.Generator | None,
+) -> Rollouts:
+    """Token ids, their log-probs and whether it was cut off, of each sequence in turn."""
+    device = "cpu" if generator is None else generator.device
+
+    def tensor(values: list, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    tokens = tensor([i for ids, _, _ in drawn for i in ids])
+    number = torch.arange(len(prompts), device=device)
+    return Rollouts(
+        prompt_tokens=tensor([i for prompt in prompts for i in prompt]),
+        prompt_cu_seqlens=offsets(tensor([len(prompt) for prompt in prompts])),
+        tokens=tokens,
+        cu_seqlens=offsets(tensor([len(ids) for ids, _, _ in drawn])),
+        logprob=tensor([x for _, logprobs, _ in drawn for x in logprobs], torch.float32),
+        group_ids=number.repeat_interleave(group_size),
+        truncated=tensor([cut for _, _, cut in drawn], torch.bool),
+        versions=torch.full_like(tokens, version),
+        prompt_ids=number,
+    )
+
+
+def check_weights(
+    engine: str,
+    weights: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    ties: Set[str] = frozenset(),
+) -> list[str]:
+    """-> the names to send: those of `shapes`, no more and no less."""
+    given = {name: tuple(w.shape) for name, w in weights.items() if name not in ties}
+    if given != shapes:
+        odd = dict(given.items() ^ shapes.items())
+        name = next(iter(odd))
+        raise ValueError(
+            f"{engine}.update_weights: expected {name} of shape {shapes.get(name)}, got "
+            f"{given.get(name)}; {len(odd)} names in all differ"
+        )
+    return list(given)
+
+
 def _made(llm: Any) -> Any:
     """When it is dropped it frees what is its own, and leaves other engines the process group.
 
@@ -266,7 +310,7 @@ def _made(llm: Any) -> Any:
     return llm
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     """Of a checkpoint's tensors, by name."""
     shapes = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -276,7 +320,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _pack_tied_head(model: torch.nn.Module) -> None:
+def pack_tied_head(model: torch.nn.Module) -> None:
     """vLLM 0.32 multiplies by a packed copy of a head that is tied, and its reload forgets it."""
     if model.config.tie_word_embeddings:
         for module in model.modules():

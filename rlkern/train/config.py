@@ -92,8 +92,8 @@ class Rollout(Section):
     max_staleness: Count = 0  # steps that sampling runs ahead of training, on older weights
     timeout: Seconds = 0.0  # of a step's rollouts; then the run begins again at the checkpoint
     chunk: Positive | None = None  # tokens that attention shares or does not; None: the engine's
-    engine: Literal["native", "vllm"] = "native"
-    engine_options: dict[str, Any] = {}  # of vllm.LLM: max_model_len, kv_cache_memory_bytes, ...
+    engine: Literal["native", "vllm", "vllm-server"] = "native"
+    engine_options: dict[str, Any] = {}  # vLLM's: max_model_len, ...; of VllmServer: url, ...
     strategy: str = "groups"  # of rlkern.rollout.strategies: latr, cure, ...
     strategy_options: dict[str, Any] = {}  # arguments of its class
     save: bool = False  # to <run>/rollouts
@@ -121,13 +121,13 @@ class Rollout(Section):
             raise ValueError("max_staleness does not go with april, whose groups span steps")
         if self.strategy != "groups" and self.explore > 1:
             raise ValueError(f"explore = {self.explore} is for plain groups, not {self.strategy}")
-        if self.engine == "vllm" and self.strategy != "groups":
+        if self.engine != "native" and self.strategy != "groups":
             raise ValueError(
-                f"engine = 'vllm' does not go with strategy = {self.strategy!r}: vLLM neither "
-                "forks nor prunes branches while it decodes"
+                f"engine = {self.engine!r} does not go with strategy = {self.strategy!r}: vLLM "
+                "neither forks nor prunes branches while it decodes"
             )
-        if self.engine == "vllm" and self.chunk is not None:
-            raise ValueError("engine = 'vllm' does not go with chunk: its attention has its own")
+        if self.engine != "native" and self.chunk is not None:
+            raise ValueError(f"engine = {self.engine!r} does not go with chunk, which is rlkern's")
         if self.engine == "native" and self.engine_options:
             raise ValueError("engine_options are vLLM's: expected engine = 'vllm'")
         return self
@@ -250,10 +250,11 @@ class Config(Section):
                 f"model.attention = {self.model.attention} goes neither with optim.share_prefix "
                 "nor with precision = fp8-unified: packed trees have their own"
             )
-        if self.rollout.engine == "vllm" and self.precision != "bf16":
+        if self.rollout.engine != "native" and self.precision != "bf16":
             raise ValueError(
-                f"rollout.engine = 'vllm' does not go with precision = {self.precision}: its codes "
-                "are those of the native engine, vLLM samples at model.dtype"
+                f"rollout.engine = {self.rollout.engine!r} does not go with precision = "
+                f"{self.precision}: its codes are those of the native engine, vLLM samples at "
+                "model.dtype"
             )
         if self.optim.share_prefix and self.optim.updates > self.rollout.prompts:
             raise ValueError(
@@ -269,7 +270,7 @@ class Config(Section):
 
     @property
     def samples_the_trained_policy(self) -> bool:
-        apart = self.precision.endswith("-rollout") or self.rollout.engine == "vllm"
+        apart = self.precision.endswith("-rollout") or self.rollout.engine != "native"
         return not (apart or self.rollout.max_staleness)
 
     def objective(self) -> rlkern.PolicyObjective:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import rlkern
 from rlkern.quant import WeightSync, quantize_model
-from rlkern.rollout import NativeEngine, Rollouts, VllmEngine
+from rlkern.rollout import NativeEngine, Rollouts, VllmEngine, VllmServer
 from rlkern.train import TrainError
 from rlkern.train.config import Config
 from rlkern.train.model import logit_options
@@ -40,18 +40,19 @@ class RolloutPolicy:
         self.of_trainer = NativeEngine(model, **how)
         # groups that a step leaves half done are not for an evaluation to complete
         apart = sampler is not model or cfg.rollout.strategy == "april"
-        apart |= cfg.rollout.engine == "vllm"
+        apart |= cfg.rollout.engine != "native"
         self.cfg, self.sampler, self.how = cfg, sampler, how
         self.engine = self.made() if apart else self.of_trainer
 
-    def made(self) -> NativeEngine | VllmEngine:
+    def made(self) -> NativeEngine | VllmEngine | VllmServer:
         if self.cfg.rollout.engine == "native":
             return NativeEngine(self.sampler, **self.how)
         how = {name: self.how[name] for name in ("eos_token_ids", "max_sequences")}
         try:
-            return VllmEngine(self.model, **how | self.cfg.rollout.engine_options)
+            kind = VllmEngine if self.cfg.rollout.engine == "vllm" else VllmServer
+            return kind(self.model, **how | self.cfg.rollout.engine_options)
         except (RuntimeError, ValueError) as error:  # not there, or not of this model
-            raise TrainError(f"rollout.engine = 'vllm': {error}") from error
+            raise TrainError(f"rollout.engine = {self.cfg.rollout.engine!r}: {error}") from error
 
     def restart(self, step: int, weights: dict[str, Tensor]) -> None:
         """A new engine in place of one that has failed; groups that were half done are lost."""
@@ -63,7 +64,7 @@ class RolloutPolicy:
     @torch.no_grad()
     def refresh(self, step: int, weights: dict[str, Tensor]) -> dict[str, float]:
         """Brings the sampler to these weights -> share of the code bytes that moved, seconds."""
-        if isinstance(self.engine, VllmEngine):
+        if isinstance(self.engine, VllmEngine | VllmServer):
             start = time.perf_counter()
             self.engine.update_weights(weights, step)
             return {"time/sync": time.perf_counter() - start}

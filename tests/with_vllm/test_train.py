@@ -42,8 +42,9 @@ SETTINGS = {
         {},
         {"optim.share_prefix": "true", "rollout.explore": "2"},
         {"model.dtype": "bfloat16", "rollout.temperature": "0.8"},
+        {"rollout.engine": "vllm-server"},
     ],
-    ids=["float32", "shared prompts, from a pool", "bfloat16"],
+    ids=["float32", "shared prompts, from a pool", "bfloat16", "a server"],
 )
 def test_three_steps_of_the_demo(tmp_path, changes):
     words = (SETTINGS | changes | {"run.dir": str(tmp_path / "run")}).items()
