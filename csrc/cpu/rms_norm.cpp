@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "check.h"
+#include "decoder.h"
 #include "dispatch.h"
 #include "rope.h"
 #include "vec.h"
@@ -105,6 +106,8 @@ RLK_CLONES(float)
 RLK_CLONES(bf16)
 RLK_CLONES(fp16)
 
+}  // namespace
+
 Tensor rms_norm(Tensor x, std::optional<Tensor> weight, double eps, std::optional<Tensor> cos,
                 std::optional<Tensor> sin) {
   RLK_CHECK_CPU(x);
@@ -137,8 +140,6 @@ Tensor rms_norm(Tensor x, std::optional<Tensor> weight, double eps, std::optiona
   });
   return out;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) { m.impl("rms_norm", TORCH_BOX(&rms_norm)); }
 

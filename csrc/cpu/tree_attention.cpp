@@ -18,6 +18,7 @@
 #endif
 
 #include "check.h"
+#include "decoder.h"
 #include "dispatch.h"
 #include "isa.h"
 #include "rlkern/math/softcap.h"
@@ -179,6 +180,8 @@ void check_ints(const Tensor& t) {
   RLK_CHECK_CONTIGUOUS(t);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor rows,
                                           Tensor items, Tensor slots, Tensor trees, Tensor parts,
                                           Tensor part_offsets, int64_t chunk, int64_t max_rows,
@@ -229,8 +232,6 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor k_cache, Tensor v_cac
   });
   return {out, lse};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) { m.impl("tree_attention", TORCH_BOX(&tree_attention)); }
 

@@ -132,24 +132,38 @@ RLK_TARGET static __attribute__((noinline)) void weigh_row(const AttentionScore&
   *decay = scale[0];
 }
 
+// The values of a step of the sum: copied, one after another, or where they lie in the cache.
+template <class Unit>
+struct CopiedValues {
+  const Unit* data;
+  int64_t stride;
+  const Unit* at(int64_t step) const { return data + step * stride; }
+};
+template <class Unit>
+struct CachedValues {
+  const Unit* const* rows;
+  const Unit* at(int64_t step) const { return rows[step]; }
+};
+
 // out[row] = decay[row] out[row] + sum over the keys of weights v[key], for R rows: weights of a
 // key lie side by side (kOfKey), or those of a row do.
-template <bool kOfKey, int R, int N, class Unit>
+template <bool kOfKey, int R, int N, class Unit, class Values>
 RLK_TARGET static inline __attribute__((always_inline)) void add_values(
-    const Unit* weights, const float* decay, const Unit* v, int64_t steps, int64_t stride,
-    float* out) {
+    const Unit* weights, const float* decay, const Values& v, int64_t first, int64_t steps,
+    int64_t stride, float* out) {
   V acc[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) acc[r][n] = load_as<V>(out + r * stride + n * kWidth) * decay[r];
   constexpr int64_t kRowStride = kOfKey ? 1 : kUnitKeys / kPerUnit<Unit>;
-  for (int64_t k = 0; k < steps; ++k, weights += kOfKey ? kWidth : 1, v += stride) {
+  for (int64_t k = 0; k < steps; ++k, weights += kOfKey ? kWidth : 1) {
+    const Unit* const value = v.at(k) + first;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n)
-        acc[r][n] = dot(acc[r][n], weights[r * kRowStride], v + n * kWidth);
+        acc[r][n] = dot(acc[r][n], weights[r * kRowStride], value + n * kWidth);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -157,22 +171,22 @@ RLK_TARGET static inline __attribute__((always_inline)) void add_values(
     for (int n = 0; n < N; ++n) store_as(out + r * stride + n * kWidth, acc[r][n]);
 }
 
-template <bool kOfKey, int R, class Unit>
+template <bool kOfKey, int R, class Unit, class Values>
 RLK_TARGET static __attribute__((noinline)) void add_rows(const Unit* weights, const float* decay,
-                                                          const Unit* v, int64_t steps,
+                                                          const Values& v, int64_t steps,
                                                           int64_t stride, float* out) {
   int64_t d = 0;
   for (; d + 4 * kWidth <= stride; d += 4 * kWidth)
-    add_values<kOfKey, R, 4>(weights, decay, v + d, steps, stride, out + d);
+    add_values<kOfKey, R, 4>(weights, decay, v, d, steps, stride, out + d);
   for (; d + 2 * kWidth <= stride; d += 2 * kWidth)
-    add_values<kOfKey, R, 2>(weights, decay, v + d, steps, stride, out + d);
+    add_values<kOfKey, R, 2>(weights, decay, v, d, steps, stride, out + d);
   for (; d < stride; d += kWidth)
-    add_values<kOfKey, R, 1>(weights, decay, v + d, steps, stride, out + d);
+    add_values<kOfKey, R, 1>(weights, decay, v, d, steps, stride, out + d);
 }
 
-template <bool kOfKey, class Unit>
-RLK_TARGET static void output(const Unit* weights, const float* decay, int64_t rows, const Unit* v,
-                              int64_t steps, int64_t stride, float* out) {
+template <bool kOfKey, class Unit, class Values>
+RLK_TARGET static void output(const Unit* weights, const float* decay, int64_t rows,
+                              const Values& v, int64_t steps, int64_t stride, float* out) {
   constexpr int64_t kRowStride = kOfKey ? 1 : kUnitKeys / kPerUnit<Unit>;
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows)
@@ -315,17 +329,17 @@ RLK_TARGET static void fold(const AttentionScore& score_of, int64_t units, int64
             s.weights.data());
       std::copy_n(max, live, rows.max + row);
       std::copy_n(sum, live, rows.sum + row);
-      output<true>(s.weights.data(), decay, live, s.values.data(), steps, rows.stride,
-                   rows.out + row * rows.stride);
+      output<true>(s.weights.data(), decay, live, CopiedValues<Unit>{s.values.data(), rows.stride},
+                   steps, rows.stride, rows.out + row * rows.stride);
     }
   }
 }
 
 // Few rows: keys are panels, queries lie one after another.
-template <class Unit>
+template <class Unit, class Values>
 RLK_TARGET static void fold_few(const AttentionScore& score_of, int64_t units, int64_t count,
-                                const Unit* queries, const Unit* const* keys, Scratch<Unit>& s,
-                                const Rows& rows) {
+                                const Unit* queries, const Unit* const* keys, const Values& values,
+                                Scratch<Unit>& s, const Rows& rows) {
   const int64_t tiles = (count + kWidth - 1) / kWidth;
   for (int64_t t = 0; t < tiles; ++t)
     pack_keys(keys + t * kWidth, units, s.panel.data() + t * kWidth * units);
@@ -335,14 +349,16 @@ RLK_TARGET static void fold_few(const AttentionScore& score_of, int64_t units, i
     for (int64_t t = 0; t < tiles;) {
       const Unit* const k = s.panel.data() + t * kWidth * units;
       float* const out = s.scores.data() + r * kUnitKeys + t * kWidth;
-      const bool four = t + 4 <= tiles;
+      const int64_t left = tiles - t, together = left >= 4 ? 4 : left >= 2 ? 2 : 1;
       if (ones == kRows)
-        four ? score<kRows, 4>(q, units, k, out, kUnitKeys, kWidth)
-             : score<kRows, 1>(q, units, k, out, kUnitKeys, kWidth);
+        together == 4   ? score<kRows, 4>(q, units, k, out, kUnitKeys, kWidth)
+        : together == 2 ? score<kRows, 2>(q, units, k, out, kUnitKeys, kWidth)
+                        : score<kRows, 1>(q, units, k, out, kUnitKeys, kWidth);
       else
-        four ? score<1, 4>(q, units, k, out, kUnitKeys, kWidth)
-             : score<1, 1>(q, units, k, out, kUnitKeys, kWidth);
-      t += four ? 4 : 1;
+        together == 4   ? score<1, 4>(q, units, k, out, kUnitKeys, kWidth)
+        : together == 2 ? score<1, 2>(q, units, k, out, kUnitKeys, kWidth)
+                        : score<1, 1>(q, units, k, out, kUnitKeys, kWidth);
+      t += together;
     }
     r += ones;
   }
@@ -351,8 +367,8 @@ RLK_TARGET static void fold_few(const AttentionScore& score_of, int64_t units, i
   for (int64_t r = 0; r < rows.count; ++r)
     weigh_row(score_of, count, s.scores.data() + r * kUnitKeys, rows.max + r, rows.sum + r,
               decay + r, s.weights.data() + r * (kUnitKeys / kPer));
-  output<false>(s.weights.data(), decay, rows.count, s.values.data(), (count + kPer - 1) / kPer,
-                rows.stride, rows.out);
+  output<false>(s.weights.data(), decay, rows.count, values, (count + kPer - 1) / kPer, rows.stride,
+                rows.out);
 }
 
 // All items of the task. Heads of keys lie side by side in a page: they take turns at each unit.
@@ -398,9 +414,10 @@ RLK_TARGET static void attend(const TreeAttention<T>& a, const TreeTask& task) {
                 sizeof(Unit) * (padded - count) * units);
     for (int64_t h = 0; h < num_heads; ++h) {
       const int64_t head = task.head_begin + h;
-      for (int64_t k = 0; k < next.count; ++k) {
-        prefetch(a.key(next.slots[k], head), a.width);
-        prefetch(a.value(next.slots[k], head), a.width);
+      // the heads of a token lie side by side: a head fetches all of them, of its share of tokens
+      for (int64_t k = next.count * h / num_heads; k < next.count * (h + 1) / num_heads; ++k) {
+        prefetch(a.key(next.slots[k], task.head_begin), num_heads * a.width);
+        prefetch(a.value(next.slots[k], task.head_begin), num_heads * a.width);
       }
       const Unit* each[kUnitKeys]{};
       for (int64_t k = 0; k < count; ++k) {
@@ -412,17 +429,27 @@ RLK_TARGET static void attend(const TreeAttention<T>& a, const TreeTask& task) {
           copy_key(key, a.width, keys.data() + k * units);
       }
       std::fill(each + count, each + round_up(count, kWidth), each[0]);  // any that can be read
+      const int64_t lane = h * lanes + first;
+      const Rows of{&maxima[lane], &sums[lane], &outputs[lane * stride], rows, stride};
+      const Unit* const q = scratch.queries.data() + h * queries;
+      if constexpr (std::is_same_v<Unit, T>)
+        if (few && direct) {
+          const Unit* values[kUnitKeys];
+          for (int64_t k = 0; k < count; ++k) values[k] = a.value(slots[k], head);
+          fold_few(a.score, units, count, q, each, CachedValues<Unit>{values}, scratch, of);
+          continue;
+        }
       for (int64_t s = 0; s < steps; ++s) {
         const int64_t odd = s * kPer + kPer - 1;
         copy_values(a.value(slots[s * kPer], head),
                     odd < count ? a.value(slots[odd], head) : zeros.data(), a.width, stride,
                     scratch.values.data() + s * stride);
       }
-      const int64_t lane = h * lanes + first;
-      const Rows of{&maxima[lane], &sums[lane], &outputs[lane * stride], rows, stride};
-      const Unit* const q = scratch.queries.data() + h * queries;
-      few ? fold_few(a.score, units, count, q, each, scratch, of)
-          : fold(a.score, units, count, q, scratch, of);
+      if (few)
+        fold_few(a.score, units, count, q, each, CopiedValues<Unit>{scratch.values.data(), stride},
+                 scratch, of);
+      else
+        fold(a.score, units, count, q, scratch, of);
     }
   }
   for (int64_t h = 0; h < num_heads; ++h)

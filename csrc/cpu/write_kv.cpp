@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "check.h"
+#include "decoder.h"
 #include "dispatch.h"
 #include "rope.h"
 #include "vec.h"
@@ -87,6 +88,8 @@ void run(const Writer<T>& writer, const I* slots, int64_t tokens, int64_t num_sl
       [&](int64_t begin, int64_t end) { clones(writer, slots, num_slots, begin, end); });
 }
 
+}  // namespace
+
 void write_kv(Tensor key, Tensor value, Tensor slots, Tensor k_cache, Tensor v_cache,
               std::optional<Tensor> cos, std::optional<Tensor> sin) {
   RLK_CHECK_CPU(key);
@@ -128,8 +131,6 @@ void write_kv(Tensor key, Tensor value, Tensor slots, Tensor k_cache, Tensor v_c
     }
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rlkern, CPU, m) { m.impl("write_kv", TORCH_BOX(&write_kv)); }
 

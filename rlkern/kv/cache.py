@@ -275,9 +275,11 @@ class TreeKVCache:
         ids = _ints(branches)
         counts = _spread("plan", "n", n, len(ids))
         *parts, max_rows = self._tree.plan(ids, counts, self.chunk, share)
-        # one copy to the device
-        whole = torch.from_numpy(np.concatenate(parts)).to(self.device)
-        rows, items, *rest = whole.split([len(part) for part in parts])
+        if self.device.type == "cpu":
+            rows, items, *rest = map(_give, parts)
+        else:  # one copy to the device
+            whole = torch.from_numpy(np.concatenate(parts)).to(self.device)
+            rows, items, *rest = whole.split([len(part) for part in parts])
         return TreePlan(rows, items.view(-1, 6), *rest, self.chunk, max_rows)
 
     def block_table(self, branches: Ids) -> BlockTable:
@@ -333,8 +335,12 @@ class TreeKVCache:
 
     def _work(self, arrays: tuple[np.ndarray, ...]) -> Work:
         slots, positions, tokens, offsets, branches = arrays
-        whole = torch.from_numpy(np.stack([slots, positions, tokens])).to(self.device)
-        return Work(*whole.unbind(), _give(offsets), _give(branches))
+        fed = slots, positions, tokens
+        if self.device.type == "cpu":
+            there = map(_give, fed)
+        else:  # one copy to the device
+            there = torch.from_numpy(np.stack(fed)).to(self.device).unbind()
+        return Work(*there, _give(offsets), _give(branches))
 
 
 def default_chunk(device: torch.device) -> int:
@@ -387,9 +393,10 @@ def _marks(
 ) -> list[np.ndarray]:
     arrays = []
     for name, values in (("logprob", logprob), ("entropy", entropy)):
-        given = [] if values is None else values
-        array = torch.as_tensor(given, dtype=torch.float32).detach().cpu().numpy().reshape(-1)
+        array = np.empty(0, np.float32)
         if values is not None:
+            tensor = torch.as_tensor(values, dtype=torch.float32)
+            array = tensor.detach().cpu().numpy().reshape(-1)
             _same_length(verb, name, array, length)
         arrays.append(array)
     return arrays

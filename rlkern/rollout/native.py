@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rlkern.kv import TreeKVCache, Work, hf
 from rlkern.ops.tree_attention import TreePlan
-from rlkern.rollout.decoder import Decoder
+from rlkern.rollout.decoder import Attend, Decoder
 from rlkern.rollout.engine import Rollouts, check_prompts, check_sampling
 from rlkern.rollout.run import Kept, Run
 from rlkern.rollout.strategies.base import Strategy
@@ -134,6 +134,7 @@ class NativeEngine:
         # set_attn_implementation would walk through all modules, twice a call
         config._attn_implementation = hf.NAME
         exact = self.score is not None
+        self.layers = list(zip(self.cache.k.unbind(), self.cache.v.unbind(), strict=True))
         self.decoder = Decoder(self.model, need, direct=self.direct, exact=exact)
         run = Run(self, strategy, max_new_tokens, temperature, sampling, seed)
         try:
@@ -176,19 +177,13 @@ class NativeEngine:
         self.cache.bump_version(self.version)
 
     def forward(
-        self, work: Work, plan: TreePlan, rows: Tensor, needs_hidden: bool = False
+        self, work: Work, plan: TreePlan, rows: Tensor | None, needs_hidden: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Feeds tokens along a plan of them -> logits of these rows, and their hidden states."""
-        layers = list(zip(self.cache.k.unbind(), self.cache.v.unbind(), strict=True))
+        """Feeds tokens along a plan of them -> logits of these rows, and their hidden states.
 
-        # the cache made slots and plan: checks of every layer's arguments would find nothing
-        write, read = torch.ops.rlkern.write_kv.default, torch.ops.rlkern.tree_attention.default
-
-        def attend(layer, query, key, value, scale, softcap):
-            k, v = layers[layer]
-            write(key.contiguous(), value.contiguous(), work.slots, k, v, None, None)
-            return read(query.contiguous(), k, v, *plan, scale, softcap or 0.0)[0]
-
+        rows: None for all.
+        """
+        attend = Attend(self.layers, work, plan)
         needs_hidden |= self.score is not None
-        rows = rows.to(self.model.device)
-        return self.decoder(work.tokens, work.positions, rows, attend, needs_hidden)
+        rows = None if rows is None else rows.to(self.model.device)
+        return self.decoder(work, rows, attend, needs_hidden)

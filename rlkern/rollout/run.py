@@ -67,6 +67,8 @@ class Run:
         self.engine, self.cache, self.strategy = engine, engine.cache, strategy
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.sampling, self.seed = sampling, seed
+        self.plain = not sampling["top_k"] and sampling["top_p"] == 1 and not sampling["min_p"]
+        self.inverse: tuple = None, None  # the last temperature and number of rows; its inverses
         self.groups: dict[int, Group] = {}  # begun, not ended
         self.rows = Rows.empty()  # decoded by the next step
         self.queue: deque[Group] = deque()  # not begun
@@ -118,25 +120,17 @@ class Run:
     def step(self) -> None:
         """Feeds what is due, and gives every branch its next token."""
         logits, hidden = self._spawn(*self._feed(self._admit()))
-        rows, sampling = self.rows, self.sampling
+        rows = self.rows
         temperature = self.strategy.temperature(rows.length, self.temperature)
         if isinstance(temperature, np.ndarray):
             temperature = torch.from_numpy(temperature).to(logits.device, torch.float32)
-        greedy = self.strategy.greedy(self, rows, sampling["greedy"])
+        greedy = self.strategy.greedy(self, rows, self.sampling["greedy"])
         if isinstance(greedy, np.ndarray):
             greedy = torch.from_numpy(greedy).to(logits.device)
-        drawn = rlkern.sample_tokens(
-            logits,
-            seed=self.seed,
-            branch_ids=torch.from_numpy((rows.group << 32) + rows.stream).to(logits.device),
-            positions=torch.from_numpy(rows.length).to(logits.device),
-            temperature=temperature,
-            **sampling | {"greedy": greedy},
-        )
-        tokens, logprob = drawn.token, drawn.logprob
+        tokens, logprob, entropy = self._draw(logits, temperature, greedy)
         if self.engine.score is not None:
             logprob = self.engine.score(hidden, tokens, temperature)
-        step = Step(rows, logits, tokens, logprob, drawn.entropy, hidden, temperature)
+        step = Step(rows, logits, tokens, logprob, entropy, hidden, temperature)
         if self.strategy.acts_on_steps:
             self.drawing = True
             self.strategy.on_logits(self, step)
@@ -275,8 +269,11 @@ class Run:
                 break
             except OutOfPages as error:
                 self._make_room(begun, error)
-        counts = work.cu_seqlens.diff()
-        logits, hidden = self._forward(work, branches, counts, work.cu_seqlens[1:] - 1)
+        if len(work.tokens) == len(branches):  # a token each
+            logits, hidden = self._forward(work, branches, 1, None)
+        else:
+            ends = work.cu_seqlens[1:]
+            logits, hidden = self._forward(work, branches, work.cu_seqlens.diff(), ends - 1)
         first = len(self.rows)
         for i, group in enumerate(begun, first):
             group.logits = logits[i : i + 1]
@@ -296,12 +293,12 @@ class Run:
         self._forward(work, np.asarray(branches), lengths, torch.tensor([0]))
 
     def _forward(
-        self, work: Work, branches: np.ndarray, counts: Numbers, rows: Tensor
+        self, work: Work, branches: np.ndarray, counts: Numbers, rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         plan = self.cache.plan(branches, counts, share=self.engine.share)
         self.fed += len(work.tokens)
         self.read += len(plan.slots)
-        self.paths = self.paths.to(work.positions.device) + (work.positions + 1).sum()
+        self.paths = self.paths.to(work.positions.device) + work.positions.sum()
         return self.engine.forward(work, plan, rows, self.strategy.needs_hidden)
 
     def _spawn(self, logits: Tensor | None, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -330,22 +327,53 @@ class Run:
             hidden = torch.cat(states) if states else None
         return logits, hidden
 
+    def _draw(
+        self, logits: Tensor, temperature: Tensor | float, greedy: Tensor | bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> tokens, their log-probs, and entropies."""
+        rows, device, sampling = self.rows, logits.device, self.sampling
+        branches = torch.from_numpy((rows.group << 32) + rows.stream).to(device)
+        positions = torch.from_numpy(rows.length).to(device)
+        if isinstance(temperature, Tensor) or greedy is not False or not self.plain:
+            drawn = rlkern.sample_tokens(
+                logits,
+                seed=self.seed,
+                branch_ids=branches,
+                positions=positions,
+                temperature=temperature,
+                **sampling | {"greedy": greedy},
+            )
+            return drawn.token, drawn.logprob, drawn.entropy
+        # checks, and a number spread over the rows, take several times as long as the draw
+        of, inverse = self.inverse
+        if of != (temperature, len(rows)):
+            warmth = logits.new_full((len(rows),), temperature, dtype=torch.float32)
+            inverse = (1.0 / warmth).clamp(max=torch.finfo(torch.float32).max)
+            self.inverse = (temperature, len(rows)), inverse
+        draw, off = torch.ops.rlkern.sample_tokens.default, [None] * 4
+        drawn = draw(logits, branches, positions, inverse, *off, self.seed, logits.shape[1], False)
+        return drawn[0], drawn[1], drawn[3]
+
     def _append(self, step: Step) -> None:
         """The drawn tokens, to those rows that are still there: they come first."""
-        rows, here = self.rows, slice(None)
+        rows, drawn = self.rows, [step.tokens, step.logprob, step.entropy]
         if rows is not step.rows:
             here = np.flatnonzero(np.isin(step.rows.branch, rows.branch))
-        drawn = [x[here].cpu() for x in (step.tokens, step.logprob, step.entropy)]
-        count = len(drawn[0])
-        if (broken := int((drawn[0] < 0).sum())) > 0:
+            drawn = [x[here] for x in drawn]
+        tokens, logprob, entropy = (x.cpu() for x in drawn)
+        last, count = tokens.numpy(), len(tokens)
+        if (last < 0).any():
+            broken = int((last < 0).sum())
             raise ValueError(
                 f"NativeEngine.generate: the logits of {broken} of {count} sequences hold NaN or "
                 "+Inf, or nothing but -Inf: look at the model's weights"
             )
-        self.cache.append(rows.branch[:count], drawn[0], logprob=drawn[1], entropy=drawn[2])
-        grown = np.arange(len(rows)) < count
-        last = np.concatenate([drawn[0].numpy(), rows.last[count:]])
-        self.rows = Rows(rows.branch, rows.group, rows.stream, rows.length + grown, last)
+        self.cache.append(rows.branch[:count], last, logprob=logprob, entropy=entropy)
+        length = rows.length + 1
+        if count < len(rows):
+            length[count:] -= 1
+            last = np.concatenate([last, rows.last[count:]])
+        self.rows = Rows(rows.branch, rows.group, rows.stream, length, last)
 
     def _finish(self) -> None:
         """Takes out sequences that have ended, and then groups."""
@@ -407,7 +435,7 @@ class Run:
         sharing has saved.
         """
         own = 0 if rollouts.origin is None else len(rollouts.origin.unique())
-        paths = int(self.paths)
+        paths = int(self.paths) + self.fed  # positions begin at 0
         return {
             "rollout/computed": float(self.fed),
             "rollout/used": float(own + len(rollouts.prompt_tokens)),

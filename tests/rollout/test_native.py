@@ -160,6 +160,14 @@ def test_sharing_and_pages_do_not_change_a_bit(model, options):
     same(generate(model), generate(model, options=options))
 
 
+def test_draws_without_filters_are_those_of_sample_tokens(model):
+    """A filter that keeps everything takes the public function."""
+    same(
+        generate(model, temperature=0.7),
+        generate(model, temperature=0.7, top_k=SHAPE["vocab_size"]),
+    )
+
+
 @pytest.mark.parametrize(
     "options", [{"max_sequences": 1}, {"max_sequences": 5}, {"max_cached_tokens": 48}]
 )
