@@ -178,7 +178,7 @@ def measure(problem: Callable[[Case, str], Problem], case: Case, budget_s: float
             before = waited_seconds()
             once = time_once(made.variants[name], count)
             rows.append((once, (waited_seconds() - before) / max(once * count, 1e-9)))
-    seconds = failures | {name: _least_disturbed(rows, wanted) for name, rows in taken.items()}
+    seconds = failures | {name: least_disturbed(rows, wanted) for name, rows in taken.items()}
     disturbed = {name: 1 - len(_calm(rows)) / len(rows) for name, rows in taken.items()}
     peak = {}
     if case.memory:
@@ -194,12 +194,19 @@ def _calm(rows: list[tuple[float, float]]) -> list[float]:
     return [once for once, waited in rows if waited <= WAITED]
 
 
-def _least_disturbed(rows: list[tuple[float, float]], wanted: int) -> list[float]:
+def least_disturbed(rows: list[tuple[float, float]], wanted: int) -> list[float]:
     """The undisturbed rounds; where they are too few, those with the shortest waits."""
     calm = _calm(rows)
     if len(calm) >= wanted:
         return calm
     return [once for once, _ in sorted(rows, key=lambda row: row[1])[:wanted]]
+
+
+def time_and_wait(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of one call, and the share of them that threads of this process waited for a core."""
+    before = _waited_seconds()
+    once = _time_cpu(function, 1)
+    return once, (_waited_seconds() - before) / max(once, 1e-9)
 
 
 def _waited_seconds() -> float:
