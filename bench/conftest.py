@@ -118,6 +118,7 @@ def race(request, benchmark):
             "limit": measured.problem.limit,
             "limit_bytes": measured.problem.limit_bytes,
             "limit_ms": statistics.median(measured.seconds[harness.LIMIT]) * 1e3,
+            "disturbed": round(measured.disturbed[variant], 3),
             "peak_bytes": measured.peak_bytes.get(variant),
             "returned_bytes": measured.problem.returned_bytes,
             "tests": tests,

@@ -10,6 +10,8 @@ The first variant's test runs all of the case's variants; every test then hands 
 to pytest-benchmark.
 """
 
+import contextlib
+import glob
 import importlib
 import json
 import subprocess
@@ -36,6 +38,11 @@ ROUND_SECONDS = 2e-3
 # A variant that takes less than this is called once before it is timed: whichever comes after one
 # that fills the caches and returns its memory would pay for that, twice the time of a short one.
 COLD_SECONDS = 10 * ROUND_SECONDS
+# Another process takes a core for a tick of the scheduler, 4 ms, often at the same place of round
+# after round: one variant then seems several times slower. Left out: a round whose threads waited
+# for a core for more than this share of it. A case may take PATIENCE times longer to have enough.
+WAITED = 0.1
+PATIENCE = 4
 FLUSH_BYTES = 256 * 2**20  # five times the last-level cache of an H200
 LIMIT, OURS = "limit", "rlkern"
 
@@ -119,6 +126,8 @@ class Failure(NamedTuple):
 
 class Measured(NamedTuple):
     seconds: dict[str, list[float] | Failure]
+    disturbed: dict[str, float]
+    """The share of a variant's rounds that were."""
     peak_bytes: dict[str, int | None]
     problem: Problem
 
@@ -127,8 +136,12 @@ def measure(problem: Callable[[Case, str], Problem], case: Case, budget_s: float
     """Every variant to warm up (a peer may fail there), then in turns until budget_s."""
     made = build(problem, case)
     time_once = _time_cuda if device() == "cuda" else _time_cpu
+    # events on a GPU do not see what the host waits for
+    waited_seconds = (lambda: 0.0) if device() == "cuda" else _waited_seconds
     calls: dict[str, int] = {}
-    seconds: dict[str, list[float] | Failure] = {}
+    failures: dict[str, Failure] = {}
+    # of each round the seconds of a call, and the share of them that was spent waiting
+    taken: dict[str, list[tuple[float, float]]] = {}
     cold: set[str] = set()
     long = False
     for name, function in made.variants.items():
@@ -141,25 +154,32 @@ def measure(problem: Callable[[Case, str], Problem], case: Case, budget_s: float
         except Exception as error:  # a peer that runs out of memory must not stop the others
             if name in (OURS, LIMIT):
                 raise
-            seconds[name] = Failure(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            failures[name] = Failure(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             continue
         calls[name] = max(1, min(1000, int(ROUND_SECONDS / max(once, 1e-7))))
-        seconds[name] = []
+        taken[name] = []
         if device() == "cpu" and once < COLD_SECONDS:
             cold.add(name)
     start = time.perf_counter()
     for rounds in range(MAX_ROUNDS):
         # the very first call may have been slow for other reasons
-        long = long and min(seconds[LIMIT], default=LONG_SECONDS) >= LONG_SECONDS
-        enough = rounds >= (LONG_ROUNDS if long else MIN_ROUNDS)
-        if enough and time.perf_counter() - start > budget_s:
+        long = long and min(taken[LIMIT], default=(LONG_SECONDS,))[0] >= LONG_SECONDS
+        wanted = LONG_ROUNDS if long else MIN_ROUNDS
+        spent = time.perf_counter() - start
+        calm = all(len(_calm(rows)) >= wanted for rows in taken.values())
+        if rounds >= wanted and spent > budget_s * (1 if calm else PATIENCE):
             break
         for name, count in calls.items():
-            if long and rounds >= FAR_ROUNDS and min(seconds[name]) > FAR * min(seconds[LIMIT]):
+            rows = taken[name]
+            if long and rounds >= FAR_ROUNDS and min(rows) > (FAR * min(taken[LIMIT])[0],):
                 continue
             if name in cold:
                 made.variants[name]()
-            seconds[name].append(time_once(made.variants[name], count))
+            before = waited_seconds()
+            once = time_once(made.variants[name], count)
+            rows.append((once, (waited_seconds() - before) / max(once * count, 1e-9)))
+    seconds = failures | {name: least_disturbed(rows, wanted) for name, rows in taken.items()}
+    disturbed = {name: 1 - len(_calm(rows)) / len(rows) for name, rows in taken.items()}
     peak = {}
     if case.memory:
         for name in calls if made.memory_of is None else made.memory_of & calls.keys():
@@ -167,7 +187,35 @@ def measure(problem: Callable[[Case, str], Problem], case: Case, budget_s: float
             peak[name] = (
                 _peak_cuda(made.variants[name]) if cuda else peak_apart(problem, case, name)
             )
-    return Measured(seconds, peak, made._replace(variants={}))
+    return Measured(seconds, disturbed, peak, made._replace(variants={}))
+
+
+def _calm(rows: list[tuple[float, float]]) -> list[float]:
+    return [once for once, waited in rows if waited <= WAITED]
+
+
+def least_disturbed(rows: list[tuple[float, float]], wanted: int) -> list[float]:
+    """The undisturbed rounds; where they are too few, those with the shortest waits."""
+    calm = _calm(rows)
+    if len(calm) >= wanted:
+        return calm
+    return [once for once, _ in sorted(rows, key=lambda row: row[1])[:wanted]]
+
+
+def time_and_wait(function: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of one call, and the share of them that threads of this process waited for a core."""
+    before = _waited_seconds()
+    once = _time_cpu(function, 1)
+    return once, (_waited_seconds() - before) / max(once, 1e-9)
+
+
+def _waited_seconds() -> float:
+    """How long the threads of this process have waited for a core, all together; 0 off Linux."""
+    total = 0
+    for path in glob.glob("/proc/self/task/*/schedstat"):
+        with contextlib.suppress(OSError), open(path) as file:  # a thread that has just ended
+            total += int(file.read().split()[1])
+    return total / 1e9
 
 
 def _time_cpu(function: Callable[[], object], count: int) -> float:

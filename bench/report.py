@@ -222,7 +222,7 @@ def _precision(path: Path, saved: dict, document: Path) -> str:
     """The demo in each precision mode: what it learns, and how far the two policies are apart."""
     head = ["mode", "reward, first 5 steps", "last 5", "greedy every 10 steps"]
     lines = [_source(path, saved, document), ""]
-    lines += _head([*head, "largest log-prob gap", "mean KL", "rollouts", "whole command"])
+    lines += _head([*head, "largest log-prob gap", "mean KL"])
     by_mode: dict[str, list[dict]] = {}
     for run in saved["runs"]:
         by_mode.setdefault(run["mode"], []).append(run)
@@ -235,17 +235,14 @@ def _precision(path: Path, saved: dict, document: Path) -> str:
             ", ".join(_over_seeds(values, "{:.1%}".format) for values in curves),
             _over_seeds([run["largest_gap"] for run in runs], _gap),
             _over_seeds([run["mean_kl"] for run in runs], _gap),
-            _over_seeds([run["rollout_seconds"] for run in runs], "{:.0f} s".format),
-            _over_seeds([run["wall_seconds"] for run in runs], "{:.0f} s".format),
         ]
         lines.append(_line(cells))
-    load = saved["machine_info"]["load_at_end"][-1]
     seeds = saved.get("seeds") or [saved["seed"]]
     end = f"Seed {seeds[0]}."
     if len(seeds) > 1:
         named = ", ".join(str(seed) for seed in seeds)
         end = f"Seeds {named}: the mean and, in brackets, the smallest and the largest."
-    return "\n".join([*lines, "", f"{end} Load average over the last 15 minutes: {load}.", ""])
+    return "\n".join([*lines, "", end, ""])
 
 
 def _gap(value: float) -> str:

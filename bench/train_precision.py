@@ -39,24 +39,32 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    info, runs = machine(), []
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
         # all modes of a seed in turn: a drift of the machine falls on all alike
-        for seed in args.seeds:
+        for done, seed in enumerate(args.seeds, 1):
             for number, (name, words) in enumerate(MODES.items()):
                 where = Path(folder) / f"{seed}-{number}"
                 runs.append(measure(where, name, words, seed, args.threads))
                 shown = {k: v for k, v in runs[-1].items() if k != "steps"}
                 print(json.dumps(shown), flush=True)
+            # hours on a busy machine: what is done is kept
+            passed = save(runs, args.seeds[:done], args.threads)
+    return 0 if passed else 1
+
+
+def save(runs: list[dict], seeds: list[int], threads: int) -> bool:
     passed = all(run["passed"] for run in runs)
-    info |= {"threads": args.threads, "transformers": transformers.__version__}
+    info = machine() | {"threads": threads, "transformers": transformers.__version__}
     info["load_at_end"] = [round(x, 2) for x in os.getloadavg()]
-    saved = {"kind": "precision", "machine_info": info, "seeds": args.seeds, "passed": passed}
-    saved |= {"command": "python -m bench.train_precision", "runs": runs}
+    saved = {"kind": "precision", "machine_info": info, "seeds": seeds, "passed": passed}
+    words = ["--threads", threads, "--seeds", *seeds]
+    command = " ".join(["python -m bench.train_precision", *map(str, words)])
+    saved |= {"command": command, "runs": runs}
     path = RESULTS / info["name"] / "precision.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(saved, indent=1) + "\n")
-    return 0 if passed else 1
+    return passed
 
 
 def measure(folder: Path, name: str, words: list[str], seed: int, threads: int) -> dict:
@@ -65,6 +73,10 @@ def measure(folder: Path, name: str, words: list[str], seed: int, threads: int) 
     start = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.DEVNULL)
     wall = time.perf_counter() - start
+    return record(folder, name, seed, done.returncode, wall)
+
+
+def record(folder: Path, name: str, seed: int, exit_code: int, wall: float) -> dict:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["phase"] == "rl"]
     curve = [round(r["eval/greedy"], 4) for r in records if r["phase"] == "eval"]
@@ -78,7 +90,7 @@ def measure(folder: Path, name: str, words: list[str], seed: int, threads: int) 
     return {
         "mode": name,
         "seed": seed,
-        "exit_code": done.returncode,
+        "exit_code": exit_code,
         "wall_seconds": round(wall, 1),
         "rollout_seconds": round(sum(r["time/rollout"] for r in steps), 1),
         "greedy_every_10_steps": curve,
@@ -87,7 +99,7 @@ def measure(folder: Path, name: str, words: list[str], seed: int, threads: int) 
         "largest_gap": gap,
         "mean_kl": sum(r["logprob_gap/kl"] for r in steps) / len(steps),
         # the null hypothesis of fp8-unified: one policy, in bits
-        "passed": done.returncode == 0 and (gap == 0 or name != "fp8-unified"),
+        "passed": exit_code == 0 and (gap == 0 or name != "fp8-unified"),
         "steps": {
             key: [float(f"{r[metric]:.4g}") for r in steps if metric in r]
             for key, metric in kept.items()

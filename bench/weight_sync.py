@@ -2,28 +2,29 @@
 
     python -m bench.weight_sync
 
-Times are medians of rounds in turns: `WeightSync.update` alone, with statistics, and with packets,
-against a copy that moves as many bytes as a sync must: every weight is read once, every code and
-scale written once. The update between two syncs adds plus or minus the learning rate to each
-float32 master, as AdamW's first steps do; the packet holds the linear layers' changed bytes.
+Times are medians of rounds in turns, without the one in which this process waited longest for a
+core: `WeightSync.update` alone, with statistics, and with packets, against a copy that moves as
+many bytes as a sync must: every weight is read once, every code and scale written once. The update
+between two syncs adds plus or minus the learning rate to each float32 master, as AdamW's first
+steps do; the packet holds the linear layers' changed bytes.
 """
 
 import json
 import os
 import statistics
 import sys
-import time
 
 import torch
 from torch import nn
 
+from bench import harness
 from bench.harness import ROOT, copy_of
 from bench.machine import machine
 from rlkern.quant import WeightSync, quantize_model
 
 LAYERS, HIDDEN, FEED, QUERY, KEY = 28, 1024, 3072, 2048, 1024
 LEARNING_RATE = 1e-6
-ROUNDS = 2
+ROUNDS, KEPT = 4, 3
 
 
 class Block(nn.Module):
@@ -59,12 +60,10 @@ def measure(recipe: str, source: str) -> dict:
         "statistics": lambda: sync.update(weights),
         "delta": lambda: sync.update(weights, delta=True),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            taken[name].append(harness.time_and_wait(run))
     for name, w in masters.items():
         step = torch.where(torch.rand(w.shape, generator=random) < 0.5, 1.0, -1.0)
         weights[name] = (w + LEARNING_RATE * step).to(dtype)
@@ -72,7 +71,10 @@ def measure(recipe: str, source: str) -> dict:
     return {
         "recipe": recipe,
         "source": source,
-        **{name: statistics.median(times) for name, times in seconds.items()},
+        **{
+            name: statistics.median(harness.least_disturbed(rows, KEPT))
+            for name, rows in taken.items()
+        },
         "code_bytes": code_bytes,
         "bf16_bytes": sum(2 * w.numel() for w in masters.values()),
         "changed_bytes": report.changed_bytes,

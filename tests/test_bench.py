@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,16 +152,18 @@ def test_the_summary_goes_from_best_to_worst(rendered):
     assert "float16" not in text
 
 
-def measured(limit_seconds: float, seconds: float, monkeypatch, **problem) -> harness.Measured:
+def measured(
+    limit_seconds: float, seconds: float, monkeypatch, once=None, budget_s=0, **problem
+) -> harness.Measured:
     """A case with a clock that says what it is told, in no time."""
     times = {"limit": limit_seconds, "rlkern": limit_seconds, "peer": seconds}
     variants = {name: lambda name=name: name for name in times}
-    monkeypatch.setattr(harness, "_time_cpu", lambda function, count: times[function()])
+    monkeypatch.setattr(harness, "_time_cpu", once or (lambda function, count: times[function()]))
     made = harness.Problem(variants, "matmul", {}, **problem)
     case = harness.Case("small", memory=True)
     monkeypatch.setattr(harness, "device", lambda: "cpu")
     monkeypatch.setattr(harness, "peak_apart", lambda problem, case, variant: 7)
-    return harness.measure(lambda case, device: made, case, budget_s=0)
+    return harness.measure(lambda case, device: made, case, budget_s)
 
 
 def test_long_cases_take_fewer_rounds(monkeypatch):
@@ -172,6 +175,41 @@ def test_long_cases_take_fewer_rounds(monkeypatch):
     assert rounds(0.6, 1.1) == dict.fromkeys(("limit", "rlkern", "peer"), harness.LONG_ROUNDS)
     far = {"limit": harness.LONG_ROUNDS, "rlkern": harness.LONG_ROUNDS, "peer": harness.FAR_ROUNDS}
     assert rounds(0.6, 1.3) == far
+
+
+def test_rounds_that_waited_for_a_core_are_left_out(monkeypatch):
+    clock, runs = [0.0], []
+
+    def once(function, count):
+        # every other round of rlkern is three times as long, since another process ran
+        runs.append(name := function())
+        late = name == "rlkern" and runs.count(name) % 2
+        clock[0] += 0.2 if late else 0.001
+        return 0.3 if late else 0.1
+
+    monkeypatch.setattr(harness, "_waited_seconds", lambda: clock[0])
+    found = measured(0.1, 0.1, monkeypatch, once=once)
+    rounds = harness.MIN_ROUNDS
+    assert found.seconds["limit"] == [0.1] * rounds
+    calm = rounds // 2  # too few of them: the least disturbed make up for it
+    assert sorted(found.seconds["rlkern"]) == [0.1] * calm + [0.3] * (rounds - calm)
+    assert found.disturbed == {"limit": 0, "rlkern": 1 - calm / rounds, "peer": 0}
+
+
+def test_a_disturbed_case_takes_more_rounds(monkeypatch):
+    clock, runs = [0.0], []
+
+    def once(function, count):
+        runs.append(function())
+        time.sleep(1e-4)
+        late = len(runs) % 2
+        clock[0] += 0.2 if late else 0.0
+        return 0.3 if late else 0.1
+
+    monkeypatch.setattr(harness, "_waited_seconds", lambda: clock[0])
+    found = measured(0.1, 0.1, monkeypatch, once=once, budget_s=0.5)
+    assert all(set(times) == {0.1} for times in found.seconds.values())
+    assert all(len(times) >= harness.MIN_ROUNDS for times in found.seconds.values())
 
 
 def test_memory_of_the_chosen_variants(monkeypatch):

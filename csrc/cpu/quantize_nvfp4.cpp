@@ -388,18 +388,12 @@ RLK_HD void quantize_lanes(const T* w, int64_t rows, int64_t columns, const Tens
                            const Sweep& sweep, int64_t blocks_apart, int64_t live, uint8_t* codes,
                            uint8_t* scales) {
   Blocks<V, T> x;
-  x.load(w);
-  auto most = x.template largest<false>();
-  if constexpr (x.kPerWord == 2) {
-    for (int64_t i = 1; i < rows; ++i) {
-      x.load(w + i * columns);
-      most = larger(most, x.template largest<false>());
-    }
-  } else if (rows > 1) {
-    // where a transposition costs more, but one for all rows
+  // of sixteen rows at once before anything is transposed
+  if (rows > 1)
     x.load_largest(w, rows, columns);
-    most = x.template largest<false>();
-  }
+  else
+    x.load(w);
+  auto most = x.template largest<false>();
   // what TE passes over is rare: found once more, without
   bool has_nan = false;
   if constexpr (kIgnoresNan<recipe>) {

@@ -217,7 +217,7 @@ void forward_anywhere(const Quantized& w, const Input<T>& x, const Output<T>& ou
 #if defined(__x86_64__)
 // Steps of decoded weights that stay in L1 while the tokens pass by.
 constexpr int64_t kSteps = 16;
-constexpr int64_t kFew = 4;  // tokens that decode the weights in registers
+constexpr int64_t kFew = 4;  // tokens at a time; no more than these decode in registers
 
 template <class Decoder, class Math, bool kPromote, class X, class T>
 void forward_vbmi(const Quantized& w, const X* x, const float* token_factors, int64_t tokens,
@@ -271,7 +271,8 @@ void forward_vbmi(const Quantized& w, const X* x, const float* token_factors, in
           }
           // of the next steps, or rows, while there are tokens: two rows for each of the first
           // calls
-          const bool more = weights.end<steps, last = n + 2 * kWeightRows> w.rows;
+          const bool more = weights.end < steps;
+          const bool last = n + 2 * kWeightRows > w.rows;
           const int64_t at = more ? weights.end * vbmi::kStep / Decoder::kCodesPerByte
                                   : w.row_bytes() * kWeightRows;
           for (int64_t m = 0, call = 0; m < count; ++call) {
@@ -280,16 +281,16 @@ void forward_vbmi(const Quantized& w, const X* x, const float* token_factors, in
               weights.next[i] = wanted ? weights.codes[2 * call + i] + at : nullptr;
             const vbmi::Tokens some{packed.as<char>() + (m0 + m) * bytes, bytes,
                                     factors.as<float>() + m * blocks, blocks};
-            const int taken =
-                count <= kFew ? static_cast<int>(count) : vbmi::next_tokens<kPromote>(count - m);
+            const int taken = static_cast<int>(std::min(kFew, count - m));
             vbmi::add_four_rows<Decoder, Math, kPromote>(weights, some, taken,
                                                          sums.as<__m512>() + m * kWeightRows);
             m += taken;
           }
         }
-        vbmi::put_rows(sums.as<__m512>(), count, row_factors, out.bias ? row_bias : nullptr,
-                       static_cast<int>(std::min<int64_t>(kWeightRows, w.rows - n)),
-                       out.data + m0 * out.columns + n, out.columns);
+        vbmi::put_rows<kPromote>(sums.as<__m512>(), count, row_factors,
+                                 out.bias ? row_bias : nullptr,
+                                 static_cast<int>(std::min<int64_t>(kWeightRows, w.rows - n)),
+                                 out.data + m0 * out.columns + n, out.columns);
       }
     }
   });

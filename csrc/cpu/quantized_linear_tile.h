@@ -281,21 +281,40 @@ RLK_VBMI_INLINE Pairs decode_step(const Decoder& decoder, const Weights& w, int 
                                          step % 2);
 }
 
+// Sums over two lanes each: of two rows, and of two such pairs, whose four rows then are the four
+// numbers of every 128 bits.
+RLK_VBMI_INLINE __m512 pair_sums(__m512 x0, __m512 x1) {
+  return _mm512_add_ps(_mm512_unpacklo_ps(x0, x1), _mm512_unpackhi_ps(x0, x1));
+}
+RLK_VBMI_INLINE __m512 four_sums(__m512 low, __m512 high) {
+  return _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xEE));
+}
+RLK_VBMI_INLINE __m128 lane_sums(__m512 fours) {
+  const __m256 half =
+      _mm256_add_ps(_mm512_castps512_ps256(fours), _mm512_extractf32x8_ps(fours, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
 // Adds to sums[token][row], of R rows from `first` and M tokens. kPromote: the sum over each block
-// of k is multiplied by the block's factor before it is added.
+// of k is multiplied by the block's factor before it is added, two rows at once, to
+// sums[token][row / 2]: a multiplication takes the place of a product in the pipeline, an addition
+// of lanes does not.
 template <class Decoder, class Math, bool kPromote, bool kDecoded, int R, int M>
 RLK_VBMI static __attribute__((noinline)) void add_dots(const Weights& w, int first,
                                                         const Tokens& t, __m512* sums) {
   const Decoder decoder = Decoder::make();
   constexpr int64_t kStepBytes = kStep * Math::kTokenBytes;
-  __m512 sum[R][M], total[R][M];
+  constexpr int kHeld = kPromote ? R / 2 : R;
+  __m512* const held = sums + (kPromote ? first / 2 : first);
+  __m512 sum[R][M], total[kHeld][M];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+  for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      total[r][m] = w.begin == 0 ? _mm512_setzero_ps() : sums[m * kRows + first + r];
-      sum[r][m] = kPromote ? _mm512_setzero_ps() : total[r][m];
-    }
+    for (int r = 0; r < kHeld; ++r)
+      total[r][m] = w.begin == 0 ? _mm512_setzero_ps() : held[m * kRows + r];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum[r][m] = kPromote ? _mm512_setzero_ps() : total[r % kHeld][m];
+  }
   const auto take = [&](int64_t step, auto whole) RLK_VBMI __attribute__((always_inline)) {
     const char* const x = t.data + step * kStepBytes;
     if constexpr (kDecoded) {
@@ -335,9 +354,10 @@ RLK_VBMI static __attribute__((noinline)) void add_dots(const Weights& w, int fi
       for (int m = 0; m < M; ++m) {
         const __m512 factor = _mm512_set1_ps(t.factors[m * t.factor_stride + step / 2]);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          total[r][m] = _mm512_fmadd_ps(sum[r][m], factor, total[r][m]);
-          sum[r][m] = _mm512_setzero_ps();
+        for (int r = 0; r < kHeld; ++r) {
+          const __m512 pair = pair_sums(sum[2 * r][m], sum[2 * r + 1][m]);
+          total[r][m] = _mm512_fmadd_ps(pair, factor, total[r][m]);
+          sum[2 * r][m] = sum[2 * r + 1][m] = _mm512_setzero_ps();
         }
       }
     }
@@ -350,9 +370,9 @@ RLK_VBMI static __attribute__((noinline)) void add_dots(const Weights& w, int fi
   }
   for (; step < w.end; ++step) take(step, std::false_type());
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
+  for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) sums[m * kRows + first + r] = kPromote ? total[r][m] : sum[r][m];
+    for (int r = 0; r < kHeld; ++r) held[m * kRows + r] = kPromote ? total[r][m] : sum[r][m];
 }
 
 template <class Decoder>
@@ -372,14 +392,6 @@ RLK_VBMI static void decode_rows(const Weights& w, __m512i* out) {
   for (; step < w.end; ++step) put(step, std::false_type());
 }
 
-// How many of the tokens that are left the next call takes: two sums each would not fit the
-// registers for four.
-template <bool kPromote>
-int next_tokens(int64_t left) {
-  if (kPromote) return left == 4 ? 2 : static_cast<int>(left < 3 ? left : 3);
-  return static_cast<int>(left < 4 ? left : 4);
-}
-
 // The four rows for one to four tokens, from a buffer or straight from the codes.
 template <class Decoder, class Math, bool kPromote>
 RLK_VBMI static void add_four_rows(const Weights& w, const Tokens& t, int tokens, __m512* sums) {
@@ -387,8 +399,7 @@ RLK_VBMI static void add_four_rows(const Weights& w, const Tokens& t, int tokens
     if (tokens == 1) return add_dots<Decoder, Math, kPromote, true, 4, 1>(w, 0, t, sums);
     if (tokens == 2) return add_dots<Decoder, Math, kPromote, true, 4, 2>(w, 0, t, sums);
     if (tokens == 3) return add_dots<Decoder, Math, kPromote, true, 4, 3>(w, 0, t, sums);
-    if constexpr (!kPromote) add_dots<Decoder, Math, kPromote, true, 4, 4>(w, 0, t, sums);
-    return;
+    return add_dots<Decoder, Math, kPromote, true, 4, 4>(w, 0, t, sums);
   }
   if (tokens == 1) return add_dots<Decoder, Math, kPromote, false, 4, 1>(w, 0, t, sums);
   if (tokens == 2) return add_dots<Decoder, Math, kPromote, false, 4, 2>(w, 0, t, sums);
@@ -399,26 +410,15 @@ RLK_VBMI static void add_four_rows(const Weights& w, const Tokens& t, int tokens
       add_dots<Decoder, Math, kPromote, false, 2, 4>(w, first, t, sums);
 }
 
-// The sums over the lanes of four vectors, in one fixed order.
-RLK_VBMI static inline __m128 lane_sums(const __m512* x) {
-  const auto halves = [](__m512 a, __m512 b) RLK_VBMI {
-    return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  };
-  const __m512 low = halves(x[0], x[1]), high = halves(x[2], x[3]);
-  const __m512 both =
-      _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xEE));
-  const __m256 quarter =
-      _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(quarter), _mm256_extractf128_ps(quarter, 1));
-}
-
 // Of four rows and some tokens, the results: sums times the rows' factors, and their bias or null.
-template <class T>
+template <bool kPromote, class T>
 RLK_VBMI static void put_rows(const __m512* sums, int64_t tokens, const float* factor,
                               const float* bias, int rows, T* out, int64_t columns) {
   const __m128 factors = _mm_loadu_ps(factor), added = bias ? _mm_loadu_ps(bias) : _mm_setzero_ps();
   for (int64_t m = 0; m < tokens; ++m, sums += kRows, out += columns) {
-    __m128 y = _mm_mul_ps(lane_sums(sums), factors);
+    const __m512 low = kPromote ? sums[0] : pair_sums(sums[0], sums[1]);
+    const __m512 high = kPromote ? sums[1] : pair_sums(sums[2], sums[3]);
+    __m128 y = _mm_mul_ps(lane_sums(four_sums(low, high)), factors);
     if (bias) y = _mm_add_ps(y, added);
     if (rows == kRows)
       store(out, (f32x4)y);

@@ -67,14 +67,18 @@ class _Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(T, H), (T, k) and (T, k) -> (T, H). Experts add up in the order of their index."""
+        chosen = top_k_index.flatten()
+        # an index past the last stands for an expert of another rank
+        counts = torch.bincount(chosen.clamp(max=self.num_experts), minlength=self.num_experts)
+        counts = counts[: self.num_experts].tolist()
+        order = chosen.argsort(stable=True)[: sum(counts)]
+        token = order // top_k_index.shape[1]
+        weight = top_k_weights.flatten()[order, None]
         out = torch.zeros_like(hidden_states)
-        for index in top_k_index.unique().tolist():
-            # an index past the last stands for an expert of another rank
-            if index >= self.num_experts:
-                continue
-            token, place = torch.where(top_k_index == index)
-            y = self.expert(index, hidden_states[token]) * top_k_weights[token, place, None]
-            out.index_add_(0, token, y.to(out.dtype))
+        parts = zip(*(x.split(counts) for x in (token, hidden_states[token], weight)))
+        for index, (rows, x, scale) in enumerate(parts):
+            if len(rows):
+                out.index_add_(0, rows, (self.expert(index, x) * scale).to(out.dtype))
         return out
 
 
