@@ -113,7 +113,7 @@ wheel: setup
 	  --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
 	mkdir -p dist
 	set -e; for wheel in build/wheel/*.whl; do case $$wheel in \
-	  *-linux_*) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair -w dist \
+	  *-linux_*) PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair -w dist \
 	    $(patsubst %,--exclude %,$(FROM_TORCH)) $$wheel;; \
 	  *) cp $$wheel dist;; esac; done
 

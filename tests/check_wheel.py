@@ -65,11 +65,12 @@ def check(wheel: Path) -> list[str]:
 
 def run_installed(wheel: Path, python: Path) -> list[str]:
     """Installs it, tests it from an empty folder, uninstalls it."""
-    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    # -I: an egg-info of this folder is not what is installed
+    pip = [str(python), "-I", "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "--force-reinstall", "--no-deps", str(wheel)], check=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            command = [str(python), "-m", "rlkern", "--self-test"]
+            command = [str(python), "-I", "-m", "rlkern", "--self-test"]
             run = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={})
     finally:
         subprocess.run([*pip, "uninstall", "--yes", "rlkern"], check=True)
