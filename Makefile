@@ -138,7 +138,8 @@ $(SITE)/.installed: pyproject.toml
 	touch $@
 
 site: $(SITE)/.installed
-	$(SITE)/bin/python -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	mkdir -p build/site-pages
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf build dist *.egg-info rlkern/*.so $(VENV)/.built
