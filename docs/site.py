@@ -54,7 +54,10 @@ def on_files(files, config):
         if file.src_uri.endswith(".py") and "/examples/" not in file.src_uri:
             files.remove(file)
     for package in PACKAGES:
-        text = [f"# {package}", f"::: {package}\n    options: {{members: false, show_root_heading: false}}"]
+        text = [
+            f"# {package}",
+            f"::: {package}\n    options: {{members: false, show_root_heading: false}}",
+        ]
         text += [f"::: {package}.{name}" for name in public_names(package)]
         page = File.generated(config, f"docs/api/{package}.md", content="\n\n".join(text) + "\n")
         files.append(page)

@@ -1,4 +1,4 @@
-"""The compiled libraries take nothing of torch but its stable ABI, and work as a smoke test says."""
+"""The compiled libraries take nothing of torch but its stable ABI, and a smoke test tells."""
 
 import subprocess
 import sys

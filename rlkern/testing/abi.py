@@ -93,7 +93,9 @@ def main() -> None:
         versions = (f"{kind} {'.'.join(map(str, n))}" for kind, n in sorted(found.versions.items()))
         print(f"  versions   {', '.join(versions)}")
         print(f"  libraries  {', '.join(found.libraries)}")
-        print(f"  torch      {len(found.torch)} functions of the stable ABI: {', '.join(found.torch)}")
+        print(
+            f"  torch      {len(found.torch)} functions of the stable ABI: {', '.join(found.torch)}"
+        )
         if found.python:
             print(f"  Python     {len(found.python)} functions")
         for symbol in found.other:

@@ -42,7 +42,8 @@ def check_op(op: str, device: str) -> Row:
     count, worst, what = 0, 0.0, "samples"
     try:
         for dtype in DTYPES:
-            for what, args in samples.sample_inputs(device, dtype):
+            for sample, args in samples.sample_inputs(device, dtype):
+                what = f"{sample!r}, {dtype}"
                 # some ops write into their arguments
                 ours, theirs = _copy(args), _copy(args)
                 outputs = _tuple(ops[0](*ours))
@@ -56,7 +57,7 @@ def check_op(op: str, device: str) -> Row:
                 count += 1
     except Exception as error:
         # the table goes on: which ops fail together tells the cause
-        message = f"{what!r}: {error}".strip().split("\n")[0]
+        message = f"{what}: {error}".strip().split("\n")[0]
         return Row(op, device, kernel, count, float("nan"), message)
     return Row(op, device, kernel, count, worst, "")
 
