@@ -66,7 +66,7 @@ def test_the_self_test_finds_a_wrong_kernel(monkeypatch, capsys):
 def test_the_self_test_compares_codes_and_shapes():
     a = torch.tensor([1.0, 448.0]).to(torch.float8_e4m3fn)
     with pytest.raises(AssertionError, match="differs in 1 of 2 elements"):
-        self_test._compare((a,), (a.flip(0)[:1].repeat(2),))
+        self_test._compare((a,), (torch.ones(2).to(a.dtype),))
     with pytest.raises(AssertionError, match=r"result 1 is \(2,\) torch.float32"):
         self_test._compare((a, torch.zeros(2)), (a, torch.zeros(3)))
     nan, inf = torch.tensor([float("nan")]), torch.tensor([float("inf")])
