@@ -2,7 +2,9 @@
 # make test    every test
 # make test-peers  against TRL, verl, Liger and the quantisers of others, in a venv of their own
 # make test-vllm   vLLM's CPU build as the engine, in a venv of its own
-# All begin with `make setup`, which does nothing when nothing has changed.
+# make wheel   a wheel in dist/, make test-wheels  every kind of them, checked and tried
+# make site    the documentation as a site in build/site
+# All but the last begin with `make setup`, which does nothing when nothing has changed.
 
 PYTHON ?= python3
 # The CPU build where the index offers it under this version; any torch >= 2.10 works.
@@ -16,10 +18,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PEERS := .venv-peers
 VLLM := .venv-vllm
+WHEELS := .venv-wheels
+SITE := .venv-site
+# libraries that a wheel finds in torch, and does not bring along
+FROM_TORCH := libtorch.so libtorch_cpu.so libtorch_cuda.so libc10.so libcudart.so.12 libcudart.so.13
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: setup train test test-gpu test-peers test-vllm lint fmt bench sweep docs wheel clean
+.PHONY: setup train test test-gpu test-peers test-vllm test-wheels lint fmt bench sweep docs site \
+  wheel clean
 
 setup: $(VENV)/.built
 
@@ -97,8 +104,42 @@ sweep: setup $(VLLM)/.installed
 docs: setup
 	$(PY) -m bench.report
 
+# A wheel in dist/ for the CPU; RLKERN_CUDA_ARCHS="90a": for those GPUs too; RLKERN_PURE=1: of
+# Python alone. build/lib holds what an earlier build has put there, and would be packed.
+# auditwheel says which glibc is needed; torch and its CUDA come with torch.
 wheel: setup
-	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib* build/bdist* build/wheel
+	RLKERN_BUILD_CUDA=$${RLKERN_BUILD_CUDA:-$(if $(RLKERN_CUDA_ARCHS),1,0)} $(PY) -m pip wheel \
+	  --quiet --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel .
+	mkdir -p dist
+	set -e; for wheel in build/wheel/*.whl; do case $$wheel in \
+	  *-linux_*) PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair -w dist \
+	    $(patsubst %,--exclude %,$(FROM_TORCH)) $$wheel;; \
+	  *) cp $$wheel dist;; esac; done
+
+$(WHEELS)/.torch:
+	test -x $(WHEELS)/bin/python || $(PYTHON) -m venv $(WHEELS)
+	$(WHEELS)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile "$(TORCH)" numpy
+	touch $@
+
+# Every kind of wheel that can be built here, in a venv with nothing but torch and numpy.
+test-wheels: setup $(WHEELS)/.torch
+	rm -rf dist
+	$(MAKE) wheel RLKERN_CUDA_ARCHS=
+	RLKERN_PURE=1 $(MAKE) wheel
+	! command -v nvcc >/dev/null || $(MAKE) wheel RLKERN_CUDA_ARCHS=$(or $(RLKERN_CUDA_ARCHS),90a)
+	$(PY) tests/check_wheel.py --python $(WHEELS)/bin/python dist/*.whl
+
+# The documentation as a site in build/site. It is read, not imported: no torch is needed.
+$(SITE)/.installed: pyproject.toml
+	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check $$($(SITE)/bin/python -c \
+	  "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
+site: $(SITE)/.installed
+	mkdir -p build/site-pages
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf build dist *.egg-info rlkern/*.so $(VENV)/.built

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from bench.harness import ROOT
+from bench.machine import made
 from rlkern import _native
 from rlkern.testing.cuda_resources import archs_of, resources
 
@@ -34,6 +35,7 @@ def main() -> int:
         "kind": "cuda_resources",
         "versions": {"nvcc": compiler.split(",")[0]},
         "command": "python -m bench.cuda_resources",
+        **made(),
         "rows": [rows[key] for key in sorted(rows)],
     }
     path = ROOT / "bench/results/cross-compile/cuda_resources.json"

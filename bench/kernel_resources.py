@@ -15,6 +15,7 @@ import torch
 import triton
 
 from bench.harness import ROOT
+from bench.machine import made
 from rlkern.testing.cross_compile import CAPABILITIES, compile_launch, launches_of
 from rlkern.testing.implementations import OPS
 
@@ -47,6 +48,7 @@ def main() -> int:
         "kind": "kernel_resources",
         "versions": {"triton": triton.__version__, "torch": torch.__version__},
         "command": "python -m bench.kernel_resources",
+        **made(),
         "rows": rows,
     }
     path = ROOT / "bench/results/cross-compile/kernel_resources.json"

@@ -5,6 +5,8 @@ import importlib.util
 import os
 import platform
 import re
+import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -32,7 +34,20 @@ def machine(name: str | None = None) -> dict:
         "python": platform.python_version(),
         "system": platform.system(),
         "machine": platform.machine(),
+        **made(),
     }
+
+
+def made() -> dict:
+    """When a result was made, and of which sources."""
+    found = {"date": datetime.now(UTC).date().isoformat(), "commit": None}
+    here = Path(__file__).parent
+    try:
+        run = ["git", "describe", "--always", "--dirty", "--abbrev=9", "--exclude=*"]
+        found["commit"] = subprocess.check_output(run, cwd=here, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass  # a copy without its history
+    return found
 
 
 def _short_name(cpu: str, cores: int, gpu: str | None) -> str:

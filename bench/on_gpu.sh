@@ -74,6 +74,7 @@ fi
 step machine 30 "$python" -m torch.utils.collect_env
 step build 180 "$python" setup.py build_ext --inplace --build-temp "$scratch/build"
 step owners 30 "$python" -m rlkern
+step self-test 90 "$python" -m rlkern --self-test
 
 ops=$(cd bench/ops && ls bench_*.py | sed 's/^bench_//; s/\.py$//')
 green=

@@ -404,7 +404,8 @@ def _kernel_resources(path: Path, saved: dict, document: Path) -> str:
     """A line a kernel and dtype: registers a thread and shared memory on each architecture."""
     versions = ", ".join(f"{name} {number}" for name, number in saved["versions"].items())
     link = os.path.relpath(path, document.parent)
-    lines = [f"{versions}. From [{path.name}]({link}): `{saved['command']}`.", ""]
+    made = _made(None, None, saved)
+    lines = [f"{versions}{made}. From [{path.name}]({link}): `{saved['command']}`.", ""]
     found: dict[tuple, dict[int, dict]] = {}
     for row in saved["rows"]:
         key = (row["op"], row["kernel"], row["dtype"], row["specialisations"])
@@ -432,7 +433,8 @@ def _cuda_resources(path: Path, saved: dict, document: Path) -> str:
     for row in saved["rows"]:
         found.setdefault((row["kernel"], row["dtype"]), {})[row["arch"]] = row
     archs = sorted({row["arch"] for row in saved["rows"]}, key=lambda a: int(a.rstrip("af")))
-    lines = [f"{versions}. From [{path.name}]({link}): `{saved['command']}`.", ""]
+    made = _made(None, None, saved)
+    lines = [f"{versions}{made}. From [{path.name}]({link}): `{saved['command']}`.", ""]
     lines += _head(["kernel", "dtype", "compiled", *(f"sm_{arch}" for arch in archs), "spilled"])
     for (kernel, dtype), rows in found.items():
         cells = []
@@ -474,11 +476,19 @@ def _source(path: Path, saved: dict, document: Path) -> str:
     else:
         where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {built}"
     where += "".join(f", {name} {number}" for name, number in saved.get("versions", {}).items())
-    commit = saved.get("commit_info") or {}
-    if commit.get("id"):
-        where += f"; commit {commit['id'][:9]}" + " with changes" * bool(commit.get("dirty"))
+    where += _made(saved.get("commit_info"), saved.get("datetime"), machine)
     link = os.path.relpath(path, document.parent)
     return f"**{machine['name']}** ({where}). From [{path.name}]({link}): `{saved['command']}`."
+
+
+def _made(commit_info: dict | None, when: str | None, made: dict) -> str:
+    """Commit and date: pytest-benchmark's or bench.machine's; the oldest results have none."""
+    commit = made.get("commit") or ""
+    if commit_info and commit_info.get("id"):
+        commit = commit_info["id"][:9] + "-dirty" * bool(commit_info.get("dirty"))
+    date = (when or made.get("date") or "")[:10]
+    commit = commit.removesuffix("-dirty") + " with changes" * commit.endswith("-dirty")
+    return (f"; commit {commit}" if commit else "") + (f"; {date}" if date else "")
 
 
 def _line(cells: list[str]) -> str:

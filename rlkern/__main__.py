@@ -1,7 +1,12 @@
-"""`python -m rlkern`: versions, built libraries, and which kernel owns every op, and why."""
+"""`python -m rlkern`: versions, built libraries, and which kernel owns every op, and why.
 
+With --self-test: whether they compute what the references say, as a table and an exit status.
+"""
+
+import argparse
 import importlib.util
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -25,7 +30,20 @@ def _library_line(name: str) -> str:
     return f"{path.name} ({archs})"
 
 
-def main() -> None:
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m rlkern", description=__doc__)
+    parser.add_argument(
+        "--self-test", action="store_true", help="every op against its reference, on every device"
+    )
+    if parser.parse_args().self_test:
+        from rlkern.testing import self_test
+
+        return self_test.main()
+    _report()
+    return 0
+
+
+def _report() -> None:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = [
         ("rlkern", rlkern.__version__),
@@ -54,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

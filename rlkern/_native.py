@@ -33,7 +33,7 @@ def _load(library: str) -> str:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{library} could not be loaded: {error}"
+        return f"{library} could not be loaded: {error.__cause__ or error}"
     return ""
 
 

@@ -84,11 +84,11 @@ def linear_policy_loss(
     sums and packed copies of the tokens.
 
     Args:
-        hidden, weight, targets, bias, temperature, softcap, logit_scale, vocab_size, vocab_mask,
-            logits_rounding: as linear_logprob, but that no target is ignored: pack the tokens that
-            count. Not float64.
-        old_logprob, advantages, cu_seqlens, objective, ref_logprob, rollout_logprob,
-            nll_weight, cu_segments, normalizer: as policy_loss, packed.
+        hidden, weight, targets: as linear_logprob, and so are bias, temperature, softcap,
+            logit_scale, vocab_size, vocab_mask and logits_rounding; but that no target is ignored:
+            pack the tokens that count. Not float64.
+        old_logprob, advantages, cu_seqlens, objective: as policy_loss, packed, and so are
+            ref_logprob, rollout_logprob, nll_weight, cu_segments and normalizer.
         weight_grad: (V, H) float32, contiguous: the gradient of weight is added to it in this call,
             for an upstream gradient of 1, and weight.grad stays as it is (Megatron's main_grad).
         keep_bytes: how much memory kept logits may take: speed for memory. A logit takes 4 bytes,

@@ -166,11 +166,11 @@ class PolicyObjective:
         delta: two-sided clip (TRL): r is capped at delta before the minimum. For
             delta >= 1 + epsilon_high the same as clip_ratio_c = delta.
         log_ratio_clamp: bound of |z|; no gradient through r beyond it. None: no clamp.
-        tau_pos, tau_neg; mhpo_c, mhpo_k_pos, mhpo_lambda_pos, mhpo_k_neg, mhpo_lambda_neg,
-            mhpo_normalize (the surrogate is 1 at r = 1); vespo_k_pos, ...; variance_coef; dro_beta;
-            shaping_gamma; exploration_power; rover_t; pos_margin, neg_margin, beta_neg;
-            topr_positive_weight, topr_negative_weight; fspo_c; two_sided (dppo_tv
-            whatever the sign of A): of the surrogate with that option.
+        tau_pos, tau_neg: of the surrogate with that option, and so are mhpo_c, mhpo_k_pos,
+            mhpo_lambda_pos, mhpo_k_neg, mhpo_lambda_neg, mhpo_normalize (the surrogate is 1 at
+            r = 1); vespo_k_pos, ...; variance_coef; dro_beta; shaping_gamma; exploration_power;
+            rover_t; pos_margin, neg_margin, beta_neg; topr_positive_weight, topr_negative_weight;
+            fspo_c; two_sided (dppo_tv whatever the sign of A).
         rollout_is: W from d = old_logprob - rollout_logprob: exp of d ("token"), of its sum
             ("sequence", as in verl and TRL) or of its mean ("geometric") over the sequence.
         rollout_is_mode: "truncate" to [rollout_is_low, rollout_is_threshold], or "mask": 0 outside

@@ -39,7 +39,7 @@ def suffix_similarity(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or name that does not fit. Lengths outside
-        [0, r] are refused on the CPU and clamped elsewhere.
+            [0, r] are refused on the CPU and clamped elsewhere.
 
     A row's result is that of integers, divided once: the same bits on every device.
     """
