@@ -41,4 +41,3 @@ def weighted(op: str, objective: PolicyObjective, advantages: Tensor, weights: T
         reason = f"to be None with rollout_is={objective.rollout_is!r}, which corrects already"
         _check.fail(op, "importance weights", reason, tuple(weights.shape))
     return advantages * weights
-

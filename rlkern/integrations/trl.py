@@ -237,9 +237,7 @@ class ObjectiveMixin:
     def __init__(
         self, *args: Any, rlkern_objective: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        TRL.takes(
-            _OP, "trl.GRPOTrainer._get_per_token_logps_and_entropies", ("self", *_LOGPROBS)
-        )
+        TRL.takes(_OP, "trl.GRPOTrainer._get_per_token_logps_and_entropies", ("self", *_LOGPROBS))
         TRL.takes(_OP, "trl.GRPOTrainer._compute_loss", ("self", "model", "inputs"))
         super().__init__(*args, **kwargs)
         self.rlkern_objective = None

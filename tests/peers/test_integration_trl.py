@@ -148,9 +148,7 @@ def test_under_autocast_it_computes_in_16_bits_and_is_closer_to_float64():
     args, outputs = (hidden, weight, bias, targets), ("log_probs", "entropy")
     rounded = [x.bfloat16().double() for x in (hidden, weight, bias)]
     truth, _ = run_head(ChunkedLogProbFunction, *rounded, targets, outputs=outputs)
-    got, grads = run_head(
-        integration.LogprobHead, *args, outputs=outputs, autocast=torch.bfloat16
-    )
+    got, grads = run_head(integration.LogprobHead, *args, outputs=outputs, autocast=torch.bfloat16)
     want, _ = run_head(ChunkedLogProbFunction, *args, outputs=outputs, autocast=torch.bfloat16)
     assert [g.dtype for g in grads] == [torch.float32] * 3
     for mine, other, exact in zip(got[:2], want[:2], truth[:2]):
@@ -300,6 +298,7 @@ DAPO = {"epsilon_low": 0.1, "epsilon_high": 0.1}
 def test_trls_losses_through_the_mixin(name, beta, tmp_path, parity):
     batch = Batch(LENGTHS)
     options = {"loss_type": name, "beta": beta, **NATIVE[name]}
+    options["use_bias_correction_kl"] = name != "vespo"
     want, want_metrics, (want_grad, _) = theirs(tmp_path / "trl", batch, **options)
     # 20 is part of vespo
     over = SAME if name != "vespo" else {"kl_input_clamp_value": None}
@@ -308,7 +307,6 @@ def test_trls_losses_through_the_mixin(name, beta, tmp_path, parity):
     if beta:
         # `theirs` sets it behind the config's back
         over = over | {"kl_coef": beta, "use_bias_correction_kl": name != "vespo"}
-        options["use_bias_correction_kl"] = name != "vespo"
     got, metrics, (grad, _) = theirs(tmp_path / "us", batch, cls=given(over), **options)
     parity(
         "integrations",
@@ -390,9 +388,7 @@ def test_every_preset_is_a_loss_type(name, tmp_path, parity):
             trainer(tmp_path, cls=given(options), loss_type=name)
         return
     more = {"sampling_per_token_logps": batch.rollout}
-    got, metrics, (grad, _) = theirs(
-        tmp_path, batch, cls=given(options), loss_type=name, more=more
-    )
+    got, metrics, (grad, _) = theirs(tmp_path, batch, cls=given(options), loss_type=name, more=more)
     if "loss_scale_factor" in PRESETS[name].required:
         options = {"loss_scale_factor": HORIZON}
     ours = PolicyObjective.preset(name, **options)
