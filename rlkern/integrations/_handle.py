@@ -31,6 +31,9 @@ class Handle:
     ) -> None:
         self.disable()
 
+    def undone_by(self, undo: Callable[[], None]) -> None:
+        self._undo.append(undo)
+
     def replace(self, package: str, old: Any, new: Any, keep: tuple[str, ...] = ()) -> None:
         """`new` wherever a loaded module of `package` has bound `old` to a name.
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 import rlkern
-from rlkern import PolicyObjective
+from rlkern import PolicyObjective, _check
 from rlkern._peers import Peer
 from rlkern.integrations._handle import Handle
-from rlkern.integrations._objective import changed, weighted
-from rlkern.ops.policy_loss.presets import NAMES, PRESETS, resolve
+from rlkern.integrations._head import from_logits, head
+from rlkern.integrations._objective import build, changed, weighted
+from rlkern.ops.policy_loss.presets import NAMES
 
 TRL = Peer("trl", "1.15 - 1.16")
 _OP = "integrations.trl"
@@ -35,11 +36,11 @@ _OURS = {
 _HANDLE = Handle()
 
 
-def enable(*, head: bool = True, logits: bool = True) -> Handle:
+def enable(*, lm_head: bool = True, logits: bool = True) -> Handle:
     """Puts rlkern behind TRL's names in this process, for trainers made before or after.
 
     Args:
-        head: `linear_logprob` in place of trl.trainer.utils._ChunkedLogProbFunction, behind the
+        lm_head: `linear_logprob` in place of trl.trainer.utils._ChunkedLogProbFunction, behind the
             fused LM head of all of TRL's trainers.
         logits: `logprob_from_logits` in place of selective_log_softmax, entropy_from_logits and
             selective_log_softmax_and_entropy, wherever a module of TRL has imported them.
@@ -59,7 +60,7 @@ def enable(*, head: bool = True, logits: bool = True) -> Handle:
     for name, twin in _TWINS.items() if logits else ():
         original = TRL.takes(_OP, f"{_UTILS}.{name}", list(inspect.signature(twin).parameters))
         swaps.append((original, twin))
-    if head:
+    if lm_head:
         # None in TRL 1.15 where Triton is missing
         _HANDLE.set(utils, "_ChunkedLogProbFunction", LogprobHead)
     for original, twin in swaps:
@@ -102,26 +103,23 @@ class LogprobHead:
                 *(hidden, weight, bias, targets, temperature, chunk_size),
                 *(final_logit_softcapping, logit_scale, outputs),
             )
-        device = hidden.device.type
         dtype = hidden.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-            out = rlkern.linear_logprob(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                temperature=temperature,
-                softcap=final_logit_softcapping,
-                logit_scale=logit_scale,
-                outputs=[ours for trls, ours in _OURS.items() if trls in ("log_probs", *outputs)],
-            )
-            mean = None
-            if wants_mean:
-                mean = _mean_logits(hidden, weight, bias) * (logit_scale / temperature)
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        out = head(
+            hidden,
+            weight,
+            targets,
+            temperature,
+            dtype=dtype,
+            bias=bias,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            outputs=[ours for trls, ours in _OURS.items() if trls in ("log_probs", *outputs)],
+        )
+        mean = None
+        if wants_mean:
+            mean = _mean_logits(hidden, weight, bias, dtype) * (logit_scale / temperature)
         sum_sq = out.sum_sq_prob
         return (
             out.logprob,
@@ -133,10 +131,11 @@ class LogprobHead:
 
 
 @torch.no_grad()
-def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The mean of linear functions is that of the mean of their weights."""
-    mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
-    return mean if bias is None else mean + bias.mean(dtype=torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        mean = hidden.to(dtype).float() @ weight.to(dtype).mean(0, dtype=torch.float32)
+    return mean if bias is None else mean + bias.to(dtype).mean(dtype=torch.float32)
 
 
 # --- logits in ------------------------------------------------------------------------------------
@@ -149,26 +148,21 @@ def selective_log_softmax(
 
     row_mask: 0 marks rows that are skipped: log-prob 0, no gradient.
     """
-    several = index.ndim == logits.ndim
-    rows, ids = logits.shape[:-1], index.reshape(-1, *index.shape[logits.ndim - 1 :])
-    if row_mask is not None:
-        ids = ids.masked_fill(row_mask.reshape(ids.shape) == 0, -100)
-    flat = _rows(logits)
-    if several:
-        targets = ids.new_zeros(ids.shape[0])
-        out = rlkern.logprob_from_logits(
-            flat, targets, temperature=temperature, ids=ids, outputs=()
-        )
-        return out.id_logprob.view(index.shape)
-    return rlkern.logprob_from_logits(flat, ids, temperature=temperature).logprob.view(rows)
+    if index.ndim == logits.ndim:
+        ids = index.reshape(-1, index.shape[-1])
+        if row_mask is not None:
+            ids = ids.masked_fill(row_mask.reshape(ids.shape) == 0, -100)
+        targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+        out = from_logits(logits, targets, temperature=temperature, ids=ids, outputs=())
+        return out.id_logprob
+    ids = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
+    return from_logits(logits, ids, temperature=temperature).logprob
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """In nats, float32; chunk_size is TRL's, and unused."""
-    flat = _rows(logits)
-    targets = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device)
-    out = rlkern.logprob_from_logits(flat, targets, outputs=("entropy",))
-    return out.entropy.view(logits.shape[:-1])
+    targets = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return from_logits(logits, targets, outputs=("entropy",)).entropy
 
 
 def selective_log_softmax_and_entropy(
@@ -179,20 +173,13 @@ def selective_log_softmax_and_entropy(
     row_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both of one pass over the logits."""
-    ids = index.reshape(-1)
-    if row_mask is not None:
-        ids = ids.masked_fill(row_mask.reshape(-1) == 0, -100)
-    out = rlkern.logprob_from_logits(
-        _rows(logits), ids, temperature=temperature, outputs=("logprob", "entropy")
-    )
-    entropy = out.entropy.view(index.shape)
+    ids = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
+    outputs = ("logprob", "entropy")
+    out = from_logits(logits, ids, temperature=temperature, outputs=outputs)
+    entropy = out.entropy if entropy_requires_grad else out.entropy.detach()
     if row_mask is not None:
         entropy = entropy.masked_fill(row_mask == 0, 0.0)
-    return out.logprob.view(index.shape), entropy if entropy_requires_grad else entropy.detach()
-
-
-def _rows(logits: Tensor) -> Tensor:
-    return logits.reshape(-1, logits.shape[-1])
+    return out.logprob, entropy
 
 
 _TWINS = {
@@ -272,7 +259,8 @@ class ObjectiveMixin:
         if self.use_vllm and self.vllm_importance_sampling_correction and _corrects(objective):
             ratio = inputs["importance_sampling_ratio"]
             advantages = advantages if advantages.ndim == 2 else advantages[:, None]
-            advantages = weighted(_OP, objective, advantages.expand_as(logprob), ratio)
+            advantages = advantages.expand_as(logprob)
+            advantages = weighted(_OP, objective, advantages, ratio, corrects=True)
 
         training = self.model.training
         steps = self.current_gradient_accumulation_steps if training else 1.0
@@ -333,13 +321,8 @@ def _corrects(objective: PolicyObjective) -> bool:
 def _objective(args: Any, given: dict[str, Any]) -> PolicyObjective:
     """Of a GRPOConfig and of what stands over it."""
     name = args.loss_type
-    if NAMES.get(name, name) not in PRESETS:
-        known = ", ".join(sorted(PRESETS))
-        raise ValueError(f"{_OP}: expected loss_type to be one of {known}, got {name!r}")
     if args.use_adaptive_entropy:
-        raise ValueError(
-            f"{_OP}: expected use_adaptive_entropy to be False with loss_type {name!r}, got True"
-        )
+        _check.fail(_OP, "use_adaptive_entropy", f"to be False with loss_type {name!r}", True)
     defaults = {f.name: f.default for f in fields(args) if f.name in _OPTIONS}
     options = changed(vars(args), defaults)
     if NAMES.get(name, name) == "cispo" and "epsilon_high" in options:
@@ -348,23 +331,15 @@ def _objective(args: Any, given: dict[str, Any]) -> PolicyObjective:
     options["entropy_coef"] = args.entropy_coef
     if args.beta != 0.0:
         options |= {"kl_coef": args.beta, "use_bias_correction_kl": args.use_bias_correction_kl}
-    preset, options = resolve(name, options)
-    options |= resolve(name, given)[1]
-    agg_mode = {**PRESETS[preset].fields, **options}.get("loss_agg_mode")
-    if agg_mode == "seq-mean-token-sum-norm":
-        options.setdefault("loss_scale_factor", args.max_completion_length)
-    objective = PolicyObjective.preset(preset, **options)
-    lacking = {
-        "nll_coef": objective.nll_coef != 0,
-        "importance_sampling_level='segment'": objective.importance_sampling_level == "segment",
-    }
-    for what, needed in lacking.items():
-        if needed:
-            raise ValueError(
-                f"{_OP}: expected an objective of TRL's tensors, got {name!r}, whose {what} needs "
-                "marks of tokens that TRL does not pass: override _compute_loss and call "
-                "rlkern.policy_loss"
-            )
+    has = ("entropy", "ref_logprob", "rollout_logprob")
+    if args.beta == 0.0:
+        # the reference model is made for beta alone
+        has = ("entropy", "rollout_logprob")
+    objective = build(
+        *(_OP, name, options, given, has),
+        remedies={"ref_logprob": "set beta"},
+        loss_scale_factor=args.max_completion_length,
+    )
     # TRL averages over all rows of a micro-batch, those without tokens too
     if objective.loss_agg_mode.startswith("seq-"):
         objective = replace(objective, count_empty=True)

@@ -6,8 +6,6 @@ makes verl import this module in every process, which is what enables it: `HANDL
 that in this one. docs/integrations/verl.md.
 """
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,14 +18,21 @@ import rlkern
 from rlkern import PolicyObjective, _check
 from rlkern._peers import Peer
 from rlkern.integrations._handle import Handle
-from rlkern.integrations._objective import aggregated, weighted
-from rlkern.ops.group_advantage.methods import INPUTS
-from rlkern.ops.policy_loss.presets import PRESETS, resolve
+from rlkern.integrations._head import head as logprob_head
+from rlkern.integrations._objective import (
+    OBJECTIVE_ENV,
+    PREFIX,
+    aggregated,
+    build,
+    estimate,
+    from_environment,
+    served_kinds,
+    weighted,
+)
+from rlkern.ops.policy_loss.presets import PRESETS
 
 VERL = Peer("verl", "0.9")
 _OP = "integrations.verl"
-PREFIX = "rlkern_"
-OBJECTIVE_ENV, ADVANTAGE_ENV = "RLKERN_VERL_OBJECTIVE", "RLKERN_VERL_ADVANTAGE"
 _CORE = "verl.trainer.ppo.core_algos"
 _LOSS = (
     *("old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config"),
@@ -83,7 +88,7 @@ def enable(
             handle.put(policies, PREFIX + name, partial(policy_loss, name))
     for kind in served_kinds() if advantages else ():
         if PREFIX + kind not in estimators:
-            handle.put(estimators, PREFIX + kind, partial(advantage, kind))
+            handle.put(estimators, PREFIX + kind, partial(estimate, kind))
     if head:
         _replace(handle, VERL.resolve(_OP, _FUSED), FusedLinearForPPO)
         original = VERL.resolve(_OP, _CROSS.replace("LinearCrossEntropy", "linear_cross_entropy"))
@@ -141,7 +146,7 @@ def policy_loss(
 
     loss_agg_mode, and the global counts in config.global_batch_info, are verl's; the numbers are
     the preset's, but for fields of the actor's config that are not verl's default, and those in the
-    environment variable RLKERN_VERL_OBJECTIVE, a JSON object, which wins. Objectives that read
+    environment variable RLKERN_OBJECTIVE, a JSON object, which wins. Objectives that read
     rollout_logprob take old_log_prob for it: under verl's bypass mode it is that.
 
     Returns:
@@ -152,19 +157,6 @@ def policy_loss(
             (entropy, segments, marked tokens; importance weights of its own).
     """
     objective = name if isinstance(name, PolicyObjective) else _objective(name, config)
-    lacking = {
-        "entropy": objective.needs_entropy,
-        "ref_logprob": objective.needs_reference,
-        "nll_weight": objective.nll_coef != 0,
-        "cu_segments": objective.importance_sampling_level == "segment",
-        "rollout_logprob": objective.rollout_is is not None or objective.rollout_rs is not None,
-    }
-    for what, needed in lacking.items():
-        if needed:
-            raise ValueError(
-                f"{_OP}: expected an objective of what verl passes to its losses, got "
-                f"{PREFIX}{name}, which needs {what}: use {_REMEDIES.get(what, 'another loss')}"
-            )
     return _loss(
         objective,
         *(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode),
@@ -173,8 +165,8 @@ def policy_loss(
 
 
 _REMEDIES = {
-    "ref_logprob": f"actor.use_kl_loss, and kl_coef 0 in {OBJECTIVE_ENV}",
-    "rollout_logprob": "algorithm.rollout_correction",
+    "ref_logprob": f"set actor.use_kl_loss, and kl_coef 0 in {OBJECTIVE_ENV}",
+    "rollout_logprob": "set algorithm.rollout_correction, whose weights every loss takes",
 }
 
 
@@ -207,7 +199,7 @@ def _loss(
     # verl's callers broadcast them
     advantages = advantages.expand_as(logprob)
     if weights is not None:
-        advantages = weighted(_OP, objective, advantages, weights)
+        advantages = weighted(_OP, objective, advantages, weights, corrects=True)
     loss, metrics = rlkern.policy_loss(
         logprob,
         old,
@@ -229,17 +221,6 @@ def _get(config: Any, name: str, default: Any) -> Any:
     return get(name, default) if get else getattr(config, name, default)
 
 
-def _given(variable: str) -> dict[str, Any]:
-    text = os.environ.get(variable) or "{}"
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, dict):
-        _check.fail(_OP, variable, "to be a JSON object", repr(text))
-    return found
-
-
 def _objective(name: str, config: Any) -> PolicyObjective:
     options = {}
     if config is not None:
@@ -250,13 +231,12 @@ def _objective(name: str, config: Any) -> PolicyObjective:
     if "clip_ratio" in options and "clip_ratio_low" in options:
         both = options.pop("clip_ratio")
         options.setdefault("clip_ratio_high", both)
-    preset, options = resolve(name, options)
-    options |= resolve(name, _given(OBJECTIVE_ENV))[1]
-    agg_mode = {**PRESETS[preset].fields, **options}.get("loss_agg_mode")
-    if agg_mode == "seq-mean-token-sum-norm":
-        # replaced by verl's
-        options.setdefault("loss_scale_factor", 1.0)
-    return PolicyObjective.preset(preset, **options)
+    given = from_environment(OBJECTIVE_ENV)
+    # the anchor of a ratio or a KL: under bypass mode old_log_prob is the rollout's
+    objective = build(_OP, name, options, given, ("rollout_logprob",), _REMEDIES)
+    if objective.rollout_is is not None or objective.rollout_rs is not None:
+        build(_OP, name, options, given, (), _REMEDIES)
+    return objective
 
 
 # --- verl's own losses ----------------------------------------------------------------------------
@@ -353,48 +333,6 @@ def _twin(
 
 # --- advantages -----------------------------------------------------------------------------------
 
-# inputs of rows that verl does not pass on; gdpo takes several rewards a row
-_NOT_SERVED = ("flawed", "novelty", "confidence", "state", "reward_weights")
-
-
-def served_kinds() -> list[str]:
-    """Kinds of group_advantage that need no more than verl passes to an estimator, and numbers."""
-    return [kind for kind, inputs in INPUTS.items() if not set(inputs) & set(_NOT_SERVED)]
-
-
-def advantage(
-    kind: str,
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: np.ndarray | None = None,
-    reward_baselines: Tensor | None = None,
-    config: Any = None,
-    epsilon: float = 1e-6,
-    **unused: Any,
-) -> tuple[Tensor, Tensor]:
-    """A kind of `group_advantage` as verl calls its estimators, over sums of token rewards.
-
-    Options of the kind come from the environment variable RLKERN_VERL_ADVANTAGE, a JSON object by
-    kind: {"w_reinforce": {"positive_weight": 0.2}}.
-
-    Returns:
-        (advantages, returns), the same (B, L) tensor, 0 where response_mask is.
-    """
-    if index is None:
-        _check.fail(_OP, "index", "with the uid of every row's prompt", None)
-    options = _given(ADVANTAGE_ENV).get(kind, {})
-    if "lengths" in INPUTS[kind]:
-        options["lengths"] = response_mask.sum(-1).float()
-    if "reward_baselines" in INPUTS[kind]:
-        options["reward_baselines"] = reward_baselines
-    _, groups = np.unique(np.asarray(index), return_inverse=True)
-    rewards = token_level_rewards.sum(-1)
-    groups = torch.as_tensor(groups.reshape(-1), device=rewards.device)
-    found = rlkern.group_advantage(rewards, groups, kind=kind, epsilon=epsilon, **options)
-    advantages = found[:, None] * response_mask
-    return advantages, advantages
-
-
 # verl's name -> our kind: the same but for a group of one row (docs/parity.md)
 ESTIMATORS = {
     "grpo_vectorized": "grpo",
@@ -415,7 +353,7 @@ def _estimator(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     kind = "dr_grpo" if kind == "grpo" and not norm_adv_by_std_in_grpo else kind
-    return advantage(kind, token_level_rewards, response_mask, index, epsilon=epsilon)
+    return estimate(kind, token_level_rewards, response_mask, index, epsilon=epsilon)
 
 
 # --- the head -------------------------------------------------------------------------------------
@@ -438,7 +376,9 @@ class FusedLinearForPPO(torch.nn.Module):
         input_ids: Tensor,
         temperature: float | Tensor = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        return _head(hidden_states, vocab_weights, input_ids, temperature)
+        outputs = ("logprob", "entropy")
+        out = logprob_head(hidden_states, vocab_weights, input_ids, temperature, outputs=outputs)
+        return out.logprob, out.entropy
 
 
 def linear_cross_entropy(
@@ -459,33 +399,10 @@ def linear_cross_entropy(
     group = dist_process_group
     if group is not None and group.size() == 1:
         group = None
-    logprob, entropy = _head(hidden, weight, labels, temperature, group)
-    return logprob.flatten(), entropy.flatten()
-
-
-def _head(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    temperature: float | Tensor,
-    group: Any = None,
-) -> tuple[Tensor, Tensor]:
-    if isinstance(temperature, Tensor):
-        temperature = temperature.expand(ids.shape).reshape(-1)
-    device = hidden.device.type
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        out = rlkern.linear_logprob(
-            hidden.reshape(-1, hidden.shape[-1]).to(dtype),
-            weight.to(dtype),
-            ids.reshape(-1),
-            temperature=temperature,
-            outputs=("logprob", "entropy"),
-            tp_group=group,
-        )
-    return out.logprob.view(ids.shape), out.entropy.view(ids.shape)
+    out = logprob_head(
+        hidden, weight, labels, temperature, outputs=("logprob", "entropy"), tp_group=group
+    )
+    return out.logprob.flatten(), out.entropy.flatten()
 
 
 # verl imports this module because its user has said so

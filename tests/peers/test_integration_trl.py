@@ -71,7 +71,7 @@ def test_another_signature_is_refused_before_anything_changes(monkeypatch):
         integration.enable()
     assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
     monkeypatch.setattr(utils, "selective_log_softmax", original)
-    integration.enable(head=False).disable()
+    integration.enable(lm_head=False).disable()
 
 
 # --- the head ------------------------------------------------------------------------------------
@@ -264,6 +264,13 @@ def test_a_run_takes_less_memory(parity):
 class Given(integration.ObjectiveMixin, GRPOTrainer):
     """Its forward is replaced by leaves; see test_trl."""
 
+    def __init__(self, *args, rlkern_objective, **kwargs):
+        beta = rlkern_objective.pop("beta", 0.0)
+        super().__init__(*args, **kwargs, rlkern_objective=rlkern_objective)
+        # as an option, beta loads a reference model by the hub name of the first one
+        self.args.beta = beta
+        self.rlkern_objective = integration._objective(self.args, rlkern_objective)
+
     def give(self, logprob, entropy):
         self.given = (logprob, entropy, None)
 
@@ -274,7 +281,7 @@ class Given(integration.ObjectiveMixin, GRPOTrainer):
 def given(objective):
     class GivenObjective(Given):
         def __init__(self, *args, **kwargs):
-            super().__init__(*args, rlkern_objective=objective, **kwargs)
+            super().__init__(*args, rlkern_objective=dict(objective), **kwargs)
 
     return GivenObjective
 
@@ -305,8 +312,7 @@ def test_trls_losses_through_the_mixin(name, beta, tmp_path, parity):
     if name == "dapo":
         over = over | DAPO
     if beta:
-        # `theirs` sets it behind the config's back
-        over = over | {"kl_coef": beta, "use_bias_correction_kl": name != "vespo"}
+        over = over | {"beta": beta}
     got, metrics, (grad, _) = theirs(tmp_path / "us", batch, cls=given(over), **options)
     parity(
         "integrations",
@@ -365,8 +371,9 @@ def test_accumulated_micro_batches_are_trls(tmp_path):
         assert distance(losses[1], losses[0]) <= BUDGET[torch.float32]
 
 
-REFUSED = {name: "nll_coef" for name, preset in PRESETS.items() if "nll_coef" in preset.fields}
-REFUSED["rank_grpo"] = "importance_sampling_level='segment'"
+REFUSED = {name: "nll_weight" for name, preset in PRESETS.items() if "nll_coef" in preset.fields}
+REFUSED["rank_grpo"] = "cu_segments"
+REFUSED["lightning_rl"] = "ref_logprob: set beta"
 NEEDED = {
     # all candidates: which it draws is random
     "clip_cov": {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0},
@@ -444,7 +451,7 @@ def test_vllms_importance_ratios_are_in_the_loss(dtype, tmp_path):
 
 
 def test_an_unknown_loss_type_or_option_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"expected loss_type to be one of .*got 'grpoo'"):
+    with pytest.raises(ValueError, match=r"expected the objective to be one of .*got 'grpoo'"):
         trainer(tmp_path, cls=given({}), loss_type="grpoo")
     with pytest.raises(TypeError, match="no field clip"):
         trainer(tmp_path, cls=given({"clip": 1}), loss_type="minpro")

@@ -184,7 +184,7 @@ def test_every_preset_is_a_loss_mode(name, parity, monkeypatch):
     batch.logprob.clamp_(max=-0.01)
     function = core_algos.get_policy_loss_fn(f"rlkern_{name}")
     options = NEEDED.get(name, {})
-    monkeypatch.setenv("RLKERN_VERL_OBJECTIVE", json.dumps(options))
+    monkeypatch.setenv("RLKERN_OBJECTIVE", json.dumps(options))
     scaled = {"loss_scale_factor": 1.0} if "loss_scale_factor" in PRESETS[name].required else {}
     if name == "kl_cov":
         options = {"ppo_kl_coef": 1.0}
@@ -197,7 +197,7 @@ def test_every_preset_is_a_loss_mode(name, parity, monkeypatch):
         "rollout_logprob": ours.rollout_is is not None or ours.rollout_rs is not None,
     }
     if missing := [what for what, lacks in lacking.items() if lacks]:
-        with pytest.raises(ValueError, match=f"got rlkern_{name}, which needs {missing[0]}: use"):
+        with pytest.raises(ValueError, match=f"got {name!r}, which needs {missing[0]}: "):
             called(function, batch, "token-mean", config)
         return
     got, metrics, grad = called(function, batch, "seq-mean-token-mean", config)
@@ -236,19 +236,19 @@ def test_options_that_a_user_has_set_stand_over_the_preset(monkeypatch):
         assert torch.equal(got, want)
         losses.add(got.item())
     assert len(losses) == len(cases)
-    monkeypatch.setenv("RLKERN_VERL_OBJECTIVE", '{"epsilon_high": 0.4}')
+    monkeypatch.setenv("RLKERN_OBJECTIVE", '{"epsilon_high": 0.4}')
     got, *_ = called(function, batch, "token-mean", actor(clip_ratio_high=0.35))
     assert torch.equal(got, batch.ours(PolicyObjective.preset("dapo", epsilon_high=0.4))[0])
-    monkeypatch.setenv("RLKERN_VERL_OBJECTIVE", "[1]")
-    with pytest.raises(ValueError, match=r"RLKERN_VERL_OBJECTIVE to be a JSON object, got '\[1\]'"):
+    monkeypatch.setenv("RLKERN_OBJECTIVE", "[1]")
+    with pytest.raises(ValueError, match=r"RLKERN_OBJECTIVE to be a JSON object, got '\[1\]'"):
         called(function, batch, "token-mean", actor())
 
 
 def test_weights_are_refused_where_the_loss_is_not_linear(monkeypatch):
-    monkeypatch.setenv("RLKERN_VERL_OBJECTIVE", '{"dro_beta": 0.3}')
+    monkeypatch.setenv("RLKERN_OBJECTIVE", '{"dro_beta": 0.3}')
     batch = Batch(LENGTHS)
     function = core_algos.get_policy_loss_fn("rlkern_dro")
-    with pytest.raises(ValueError, match="importance weights to be None with 'regression'"):
+    with pytest.raises(ValueError, match="weights of tokens to be None with 'regression'"):
         called(function, batch, "token-mean", actor(), torch.ones_like(batch.old))
 
 
@@ -280,7 +280,7 @@ def test_every_kind_is_an_estimator(kind, monkeypatch):
     token_rewards = torch.zeros(12, 8)
     token_rewards[torch.arange(12), lengths - 1] = rewards
     options = KIND_OPTIONS.get(kind, {})
-    monkeypatch.setenv("RLKERN_VERL_ADVANTAGE", json.dumps({kind: options}))
+    monkeypatch.setenv("RLKERN_ADVANTAGE", json.dumps({kind: options}))
     inputs = {}
     if "lengths" in INPUTS[kind]:
         inputs["lengths"] = lengths
@@ -402,7 +402,7 @@ SUITES = (
 
 
 # of ours, which those tests call
-EXERCISED = {"vanilla", "rloo"}
+EXERCISED = {"vanilla", "dro", "grpo", "rloo"}
 
 
 def test_verls_published_tests(tmp_path):
