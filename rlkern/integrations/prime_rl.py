@@ -78,7 +78,7 @@ def enable() -> Handle:
 
 
 class LogprobEntropy:
-    """Called as prime-rl calls its function; the entropy has a gradient, which prime-rl's has not."""
+    """Called as prime-rl calls its function, whose entropy has no gradient; this one's has."""
 
     @staticmethod
     def apply(

@@ -87,7 +87,7 @@ def policy_loss(
     advantages = torch.cat(batch["advantages"])
     masks = torch.cat(batch["loss_masks"]).bool()
     # what one token adds to slime's average, masks and all
-    share = torch.ones_like(logprob, dtype=torch.float32, requires_grad=True)
+    share = torch.ones_like(logprob, requires_grad=True)
     if len(logprob):
         (share,) = torch.autograd.grad(sum_of_sample_mean(share), share)
     rows = _padded(lengths, logprob, old, sampled, weighted(_OP, objective, advantages, share))
