@@ -209,24 +209,6 @@ def test_logits_twins(shape, parity):
 # --- a run ---------------------------------------------------------------------------------------
 
 
-def test_a_run_with_two_lines_more_is_the_same(tmp_path, parity):
-    options = {"loss_type": "dapo", "num_iterations": 2}
-    before, before_weights = train(tmp_path / "trl", **options)
-    with integration.enable():
-        after, after_weights = train(tmp_path / "rlkern", **options)
-    assert max(abs(step["loss"]) for step in before) > 0.01
-    parity(
-        "integrations",
-        "trl GRPOTrainer",
-        "20 steps of a tiny Qwen3, losses; final weights",
-        rlkern="integrations.trl.enable()",
-        value=max(abs(a["loss"] - b["loss"]) for a, b in zip(before, after, strict=True)),
-        gradient=(after_weights - before_weights).abs().max().item(),
-        budget=1e-5,
-        gradient_budget=1e-4,
-    )
-
-
 PEAK = Path(__file__).with_name("trl_peak.py")
 
 
