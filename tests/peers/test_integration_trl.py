@@ -356,22 +356,20 @@ def test_accumulated_micro_batches_are_trls(tmp_path):
 REFUSED = {name: "nll_weight" for name, preset in PRESETS.items() if "nll_coef" in preset.fields}
 REFUSED["rank_grpo"] = "cu_segments"
 REFUSED["lightning_rl"] = "ref_logprob: set beta"
+# numbers that a preset leaves to its user
 NEEDED = {
-    # all candidates: which it draws is random
-    "clip_cov": {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0},
-    "fspo": {"fspo_c": 0.5},
-    "dro": {"dro_beta": 0.3},
-    "delta_hinge": {"pos_margin": 0.5, "neg_margin": 0.5},
-    "reason_maxxer": {"entropy_threshold": 1.0},
-    "spine": {"entropy_threshold": 0.5},
+    name: {field: 0.5 for field in preset.required if field != "loss_scale_factor"}
+    for name, preset in PRESETS.items()
 }
+# all candidates: which it draws is random
+NEEDED["clip_cov"] = {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_is_a_loss_type(name, tmp_path, parity):
     batch = Batch(LENGTHS)
     batch.logprob.clamp_(max=-0.01)
-    options = NEEDED.get(name, {})
+    options = NEEDED[name]
     if name in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[name]):
             trainer(tmp_path, cls=given(options), loss_type=name)

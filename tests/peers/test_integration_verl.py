@@ -168,14 +168,13 @@ def test_verls_losses(name, agg_mode, counts, replaced, parity):
             assert metrics[key] == pytest.approx(want_metrics[key], abs=2e-6), key
 
 
+# numbers that a preset leaves to its user
 NEEDED = {
-    "clip_cov": {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0},
-    "fspo": {"fspo_c": 0.5},
-    "dro": {"dro_beta": 0.3},
-    "delta_hinge": {"pos_margin": 0.5, "neg_margin": 0.5},
-    "reason_maxxer": {"entropy_threshold": 1.0},
-    "spine": {"entropy_threshold": 0.5},
+    name: {field: 0.5 for field in preset.required if field != "loss_scale_factor"}
+    for name, preset in PRESETS.items()
 }
+# all candidates: which it draws is random
+NEEDED["clip_cov"] = {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -183,7 +182,7 @@ def test_every_preset_is_a_loss_mode(name, parity, monkeypatch):
     batch, config = Batch(LENGTHS), actor()
     batch.logprob.clamp_(max=-0.01)
     function = core_algos.get_policy_loss_fn(f"rlkern_{name}")
-    options = NEEDED.get(name, {})
+    options = NEEDED[name]
     monkeypatch.setenv("RLKERN_OBJECTIVE", json.dumps(options))
     scaled = {"loss_scale_factor": 1.0} if "loss_scale_factor" in PRESETS[name].required else {}
     if name == "kl_cov":
