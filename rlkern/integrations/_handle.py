@@ -1,7 +1,7 @@
 """What an integration has changed in another library, and the way back."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -34,16 +34,15 @@ class Handle:
     def undone_by(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
 
-    def replace(self, package: str, old: Any, new: Any, keep: tuple[str, ...] = ()) -> None:
-        """`new` wherever a loaded module of `package` has bound `old` to a name.
+    def replace(self, package: str, *pairs: tuple[Any, Any]) -> None:
+        """(old, new): new wherever a loaded module of `package` has bound old to a name.
 
         Other modules bind a function by importing its name: one assignment would miss them.
         Modules imported later find `new` where they import it from; undoing walks through them too.
-
-        keep: modules where `old` stays, which define it.
         """
-        _rebind(package, old, new, keep)
-        self._undo.append(lambda: _rebind(package, new, old, ()))
+        pairs = tuple((old, new) for old, new in pairs if old is not new)
+        _rebind(package, pairs)
+        self._undo.append(lambda: _rebind(package, [(new, old) for old, new in pairs]))
 
     def put(self, registry: dict[str, Any], name: str, value: Any) -> None:
         had, before = name in registry, registry.get(name)
@@ -71,13 +70,12 @@ class Handle:
         self._undo.append(undo)
 
 
-def _rebind(package: str, old: Any, new: Any, keep: tuple[str, ...]) -> None:
+def _rebind(package: str, pairs: Iterable[tuple[Any, Any]]) -> None:
+    news = {id(old): new for old, new in pairs}
     for name, module in list(sys.modules.items()):
         if name != package and not name.startswith(f"{package}."):
             continue
-        if name in keep:
-            continue
         # not getattr: lazy modules would import what they name
         for attribute, value in list(getattr(module, "__dict__", {}).items()):
-            if value is old:
-                setattr(module, attribute, new)
+            if id(value) in news:
+                setattr(module, attribute, news[id(value)])

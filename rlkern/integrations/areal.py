@@ -64,12 +64,9 @@ def enable(objective: str | None = None, **fields: Any) -> Handle:
         return ppo_actor_loss_fn(**call, objective=objective, fields=fields)
 
     handle = Handle()
-    for original, ours in (
-        (alone, gather_logprobs),
-        (both, gather_logprobs_entropy),
-        (loss, actor_loss),
-    ):
-        handle.replace("areal", original, ours)
+    handle.replace(
+        "areal", (alone, gather_logprobs), (both, gather_logprobs_entropy), (loss, actor_loss)
+    )
     return handle
 
 

@@ -29,8 +29,7 @@ def enable() -> Handle:
     """
     original = MEGATRON.takes(_OP, _PATH, _CALL)
     handle = Handle()
-    if original is not linear_cross_entropy:
-        handle.replace("megatron", original, linear_cross_entropy)
+    handle.replace("megatron", (original, linear_cross_entropy))
     return handle
 
 

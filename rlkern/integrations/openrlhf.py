@@ -55,9 +55,7 @@ def enable(objective: str | None = None, **fields: Any) -> Handle:
             super().__init__(*args, **kwargs, objective=objective, fields=fields)
 
     handle = Handle()
-    for original, ours in (*swaps, (theirs, Chosen)):
-        if original is not ours:
-            handle.replace("openrlhf", original, ours)
+    handle.replace("openrlhf", *swaps, (theirs, Chosen))
     return handle
 
 

@@ -63,8 +63,7 @@ def enable(*, lm_head: bool = True, logits: bool = True) -> Handle:
     if lm_head:
         # None in TRL 1.15 where Triton is missing
         _HANDLE.set(utils, "_ChunkedLogProbFunction", LogprobHead)
-    for original, twin in swaps:
-        _HANDLE.replace("trl", original, twin)
+    _HANDLE.replace("trl", *swaps)
     return _HANDLE
 
 

@@ -89,26 +89,21 @@ def enable(
     for kind in served_kinds() if advantages else ():
         if PREFIX + kind not in estimators:
             handle.put(estimators, PREFIX + kind, partial(estimate, kind))
+    swaps: list[tuple[Any, Any]] = []
     if head:
-        _replace(handle, VERL.resolve(_OP, _FUSED), FusedLinearForPPO)
+        swaps.append((VERL.resolve(_OP, _FUSED), FusedLinearForPPO))
         original = VERL.resolve(_OP, _CROSS.replace("LinearCrossEntropy", "linear_cross_entropy"))
-        _replace(handle, original, linear_cross_entropy)
-    for name in TWINS if replace else ():
-        original = policies[name]
-        twin = partial(_twin, name)
-        handle.put(policies, name, twin)
-        _replace(handle, original, twin)
-    for name, kind in ESTIMATORS.items() if replace else ():
-        original = estimators[name]
-        twin = partial(_estimator, kind)
-        handle.put(estimators, name, twin)
-        _replace(handle, original, twin)
+        swaps.append((original, linear_cross_entropy))
+    for registry, function, names in (
+        (policies, _twin, TWINS if replace else ()),
+        (estimators, _estimator, ESTIMATORS if replace else ()),
+    ):
+        for name in names:
+            ours = partial(function, name)
+            swaps.append((registry[name], ours))
+            handle.put(registry, name, ours)
+    handle.replace("verl", *swaps)
     return handle
-
-
-def _replace(handle: Handle, original: Any, new: Any) -> None:
-    if original is not new:
-        handle.replace("verl", original, new)
 
 
 # --- policy losses --------------------------------------------------------------------------------
@@ -343,7 +338,7 @@ ESTIMATORS = {
 
 
 def _estimator(
-    kind: str,
+    name: str,
     token_level_rewards: Tensor,
     response_mask: Tensor,
     index: np.ndarray,
@@ -352,7 +347,9 @@ def _estimator(
     config: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    kind = "dr_grpo" if kind == "grpo" and not norm_adv_by_std_in_grpo else kind
+    kind = ESTIMATORS[name]
+    if kind == "grpo" and not norm_adv_by_std_in_grpo:
+        kind = "dr_grpo"
     return estimate(kind, token_level_rewards, response_mask, index, epsilon=epsilon)
 
 

@@ -6,19 +6,19 @@ import os
 
 from rlkern.integrations import verl as integration
 
-CALLS = dict.fromkeys([*integration.TWINS, *integration.ESTIMATORS.values()], 0)
+CALLS = dict.fromkeys([*integration.TWINS, *integration.ESTIMATORS], 0)
 
 
-def counted(function, name):
-    def call(key, *args, **kwargs):
-        CALLS[key] += 1
-        return function(key, *args, **kwargs)
+def counted(function):
+    def call(name, *args, **kwargs):
+        CALLS[name] += 1
+        return function(name, *args, **kwargs)
 
     return call
 
 
-integration._twin = counted(integration._twin, "name")
-integration._estimator = counted(integration._estimator, "kind")
+integration._twin = counted(integration._twin)
+integration._estimator = counted(integration._estimator)
 integration.enable(replace=True)
 
 
