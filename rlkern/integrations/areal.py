@@ -13,6 +13,7 @@ from rlkern.integrations._head import from_logits
 from rlkern.integrations._objective import aggregated, build
 
 AREAL = Peer("areal", "as of May 2026")
+_HANDLE = Handle()
 _OP = "integrations.areal"
 _PARALLEL = "areal.utils.functional.vocab_parallel"
 _LOSS = "areal.utils.functional.functional.ppo_actor_loss_fn"
@@ -38,6 +39,8 @@ def enable(objective: str | None = None, **fields: Any) -> Handle:
         RuntimeError: AReaL is missing, or its functions have other parameters; nothing has been
             replaced.
     """
+    if _HANDLE.enabled:
+        return _HANDLE
     if objective is not None:
         _preset(objective, fields)
     alone = AREAL.takes(_OP, f"{_PARALLEL}.gather_logprobs", _CALL)
@@ -63,11 +66,10 @@ def enable(objective: str | None = None, **fields: Any) -> Handle:
         call.pop("rejection_sampling", None)
         return ppo_actor_loss_fn(**call, objective=objective, fields=fields)
 
-    handle = Handle()
-    handle.replace(
+    _HANDLE.replace(
         "areal", (alone, gather_logprobs), (both, gather_logprobs_entropy), (loss, actor_loss)
     )
-    return handle
+    return _HANDLE
 
 
 def _several(group: Any) -> bool:

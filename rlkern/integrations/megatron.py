@@ -13,6 +13,7 @@ from rlkern._peers import Peer
 from rlkern.integrations._handle import Handle
 
 MEGATRON = Peer("megatron-core", "of January 2026")
+_HANDLE = Handle()
 _OP = "integrations.megatron"
 _PATH = "megatron.core.fusions.fused_linear_cross_entropy.linear_cross_entropy"
 _CALL = (
@@ -27,10 +28,11 @@ def enable() -> Handle:
     Raises:
         RuntimeError: Megatron-core is missing, or its function has other parameters.
     """
+    if _HANDLE.enabled:
+        return _HANDLE
     original = MEGATRON.takes(_OP, _PATH, _CALL)
-    handle = Handle()
-    handle.replace("megatron", (original, linear_cross_entropy))
-    return handle
+    _HANDLE.replace("megatron", (original, linear_cross_entropy))
+    return _HANDLE
 
 
 def linear_cross_entropy(

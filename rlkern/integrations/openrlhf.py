@@ -14,6 +14,7 @@ from rlkern.integrations._head import from_logits
 from rlkern.integrations._objective import build
 
 OPENRLHF = Peer("openrlhf", "as of August 2026")
+_HANDLE = Handle()
 _OP = "integrations.openrlhf"
 _UTILS = "openrlhf.models.utils"
 _INIT = (
@@ -38,6 +39,8 @@ def enable(objective: str | None = None, **fields: Any) -> Handle:
             replaced.
         ValueError, TypeError: an unknown preset or field.
     """
+    if _HANDLE.enabled:
+        return _HANDLE
     if objective is not None:
         _preset(objective, fields)
     swaps = [
@@ -54,9 +57,8 @@ def enable(objective: str | None = None, **fields: Any) -> Handle:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs, objective=objective, fields=fields)
 
-    handle = Handle()
-    handle.replace("openrlhf", *swaps, (theirs, Chosen))
-    return handle
+    _HANDLE.replace("openrlhf", *swaps, (theirs, Chosen))
+    return _HANDLE
 
 
 _LOGPROBS = ("logits", "labels", "temperature")

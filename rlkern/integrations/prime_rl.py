@@ -18,6 +18,7 @@ from rlkern.integrations._head import head
 from rlkern.integrations._objective import aggregated, build, weighted
 
 PRIME_RL = Peer("prime-rl", "as of August 2026")
+_HANDLE = Handle()
 _OP = "integrations.prime_rl"
 _HEAD = "prime_rl.trainer.models.layers.lm_head"
 _NAME = "_SequenceChunkedLogProbEntropyFn"
@@ -69,12 +70,12 @@ def enable() -> Handle:
     Raises:
         RuntimeError: prime-rl is missing, or its function has other parameters.
     """
+    if _HANDLE.enabled:
+        return _HANDLE
     call = ("ctx", "hidden", "weight", "labels", "inv_temperature", "chunk_size")
     PRIME_RL.takes(_OP, f"{_HEAD}.{_NAME}.forward", call)
-    handle, module = Handle(), PRIME_RL.resolve(_OP, _HEAD)
-    if getattr(module, _NAME) is not LogprobEntropy:
-        handle.set(module, _NAME, LogprobEntropy)
-    return handle
+    _HANDLE.set(PRIME_RL.resolve(_OP, _HEAD), _NAME, LogprobEntropy)
+    return _HANDLE
 
 
 class LogprobEntropy:

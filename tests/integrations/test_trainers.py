@@ -416,6 +416,7 @@ def test_openrlhfs_names_are_replaced_where_they_were_imported(monkeypatch):
         assert (found - logprob).abs().max() < 1e-6
         assert (actor.compute_entropy(logits) - entropy).abs().max() < 1e-6
         assert torch.equal(logits, kept)
+        assert openrlhf.enable() is openrlhf.enable()
         made = trainer.PolicyLoss(clip_eps_low=0.1, clip_eps_high=0.2, dual_clip=None)
         assert made.objective.cispo_max_ratio == 4.0
         assert made.objective.loss_agg_mode == "token-mean"
