@@ -59,6 +59,10 @@ $(PEERS)/.installed: pyproject.toml
 	# its build imports torch, and would look for kernels to download
 	SKIP_CUDA_BUILD=1 $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --no-build-isolation fouroversix==1.0.5
+	# verl's own tests are in its source distribution alone; without it they are skipped
+	-$(PEERS)/bin/python -m pip download --quiet --disable-pip-version-check --dest $(PEERS) \
+	  --no-deps --no-binary :all: --no-build-isolation verl==0.9.1
+	-tar -xzf $(PEERS)/verl-0.9.1.tar.gz -C $(PEERS)
 	$(PEERS)/bin/python -c "import site; open(site.getsitepackages()[0] + '/rlkern.pth', 'w').write('$(CURDIR)')"
 	touch $@
 

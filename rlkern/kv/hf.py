@@ -90,6 +90,21 @@ class AsDecoded(torch.autograd.Function):
         return *grads, *(None,) * 5
 
 
+def logit_options(model: nn.Module) -> dict[str, float]:
+    """What the model does to its head's logits, as options of `rlkern.linear_logprob`."""
+    config, options = model.config.get_text_config(), {}
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+        options["softcap"] = cap
+    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
+        if scale := getattr(config, name, None):
+            options["logit_scale"] = scale
+    if scaling := getattr(config, "logits_scaling", None):
+        # Granite divides by it, HyperCLOVA X multiplies
+        times = config.model_type == "hyperclovax"
+        options["logit_scale"] = scaling if times else 1.0 / scaling
+    return options
+
+
 def install(model: nn.Module) -> None:
     """Switches `model` to it."""
     register()

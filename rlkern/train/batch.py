@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 import rlkern
 from rlkern import kv
 from rlkern.kv import hf
+from rlkern.kv.hf import logit_options
 from rlkern.rollout import Rollouts
-from rlkern.train.model import logit_options
 
 
 @dataclass(frozen=True)

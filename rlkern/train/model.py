@@ -84,19 +84,6 @@ def small_config(cfg: Config) -> Qwen3Config:
     )
 
 
-def logit_options(model: PreTrainedModel) -> dict[str, float]:
-    """What the model does to its head's logits, as options of `rlkern.linear_logprob`."""
-    config, options = model.config.get_text_config(), {}
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-        options["softcap"] = cap
-    for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
-        if scale := getattr(config, name, None):
-            options["logit_scale"] = scale
-    if scaling := getattr(config, "logits_scaling", None):  # Granite
-        options["logit_scale"] = 1.0 / scaling
-    return options
-
-
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     """Every id that ends a completion; the one that demonstrations end with comes first."""
     listed = getattr(model.generation_config, "eos_token_id", None)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import rlkern
+from rlkern.kv.hf import logit_options
 from rlkern.quant import WeightSync, quantize_model
 from rlkern.rollout import NativeEngine, Rollouts, VllmEngine, VllmServer
 from rlkern.train import TrainError
 from rlkern.train.config import Config
-from rlkern.train.model import logit_options
 
 RECIPES = {"fp8-unified": "fp8", "fp8-rollout": "fp8", "nvfp4-rollout": "nvfp4"}
 

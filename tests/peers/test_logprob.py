@@ -3,11 +3,11 @@
 import pytest
 import torch
 from peers.compare import distance, relative
-from peers.trl_head import LinearLogprobHead
 from torch import Tensor
 
 import rlkern
 from bench.oracles import Peer, linear_peers, logits_peers
+from rlkern.integrations.trl import LogprobHead
 
 TOKENS, HIDDEN, VOCAB = 160, 96, 5003
 TEMPERATURE = 0.7
@@ -157,7 +157,7 @@ def test_bias_softcap_and_logit_scale_are_trls(case, parity):
         return call
 
     grads = upstream(entropy=True)
-    heads = (LinearLogprobHead, ChunkedLogProbFunction)
+    heads = (LogprobHead, ChunkedLogProbFunction)
     got, want = (run(through(head), tensors, (), grads) for head in heads)
     (sum_sq, _, is_top1), (their_sum_sq, no_mean, their_top1) = constants
     assert no_mean is None
@@ -175,15 +175,6 @@ def test_bias_softcap_and_logit_scale_are_trls(case, parity):
         gradient=max(relative(a, b) for a, b in zip(got[1], want[1])),
         budget=FLOAT32_BUDGET,
     )
-
-
-def test_what_the_hook_does_not_have_is_refused():
-    hidden, weight, targets = hidden_states(torch.float32)
-    args = (hidden, weight, None, targets, TEMPERATURE, 1024)
-    with pytest.raises(NotImplementedError, match="mean_logits"):
-        LinearLogprobHead.apply(*args)
-    values = LinearLogprobHead.apply(*args, outputs=())
-    assert [x is None for x in values] == [False, True, True, True, True]
 
 
 @pytest.mark.parametrize("name", PEERS)

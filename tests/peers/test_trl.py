@@ -6,7 +6,6 @@ import random
 import pytest
 import torch
 from peers.compare import BUDGET, DTYPES, HORIZON, Batch, describe, distance, relative
-from peers.trl_head import LinearLogprobHead
 
 pytest.importorskip("trl")
 
@@ -18,6 +17,7 @@ from trl.experimental.gmpo import GMPOTrainer
 
 import rlkern
 from rlkern import PolicyObjective
+from rlkern.integrations import trl as integration
 
 WORDS = [f"w{i}" for i in range(40)]
 # a completion of zero tokens counts in TRL's means over sequences
@@ -406,17 +406,21 @@ def train(folder, **options) -> tuple[list[dict[str, float]], torch.Tensor]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_training_run_is_the_same_behind_the_hook(name, tmp_path, parity, monkeypatch):
-    from trl.trainer import utils
-
     options = RUNS[name]
     before, before_weights = train(tmp_path / "trl", **options)
     model = options.get("model", "Qwen3")
     fresh = tiny_model(tiny_tokenizer(), model)
     start = torch.cat([p.detach().flatten() for p in fresh.parameters()])
-    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", LinearLogprobHead)
-    monkeypatch.setattr(LinearLogprobHead, "calls", 0)
-    after, after_weights = train(tmp_path / "rlkern", **options)
-    assert LinearLogprobHead.calls >= STEPS
+    calls, apply = [], integration.LogprobHead.apply
+
+    def counted(*args):
+        calls.append(args[0].shape)
+        return apply(*args)
+
+    monkeypatch.setattr(integration.LogprobHead, "apply", staticmethod(counted))
+    with integration.enable():
+        after, after_weights = train(tmp_path / "rlkern", **options)
+    assert len(calls) >= STEPS
     assert len(before) == len(after) == STEPS
     # it learnt something: the rows of figures are not zeros, and the weights moved
     assert all(step["grad_norm"] > 0.01 and step["entropy"] > 0 for step in before)
@@ -431,7 +435,7 @@ def test_a_training_run_is_the_same_behind_the_hook(name, tmp_path, parity, monk
         "training run",
         f"TRL GRPOTrainer, {name}",
         f"{STEPS} steps of a tiny {model}: every logged figure; final weights",
-        rlkern="linear_logprob behind _ChunkedLogProbFunction",
+        rlkern="integrations.trl.enable()",
         value=worst,
         gradient=(after_weights - before_weights).abs().max().item(),
         budget=1e-5,

@@ -347,10 +347,14 @@ class PolicyObjective:
         )
 
     @property
+    def trains_entropy(self) -> bool:
+        """Whether the loss is differentiated by entropy."""
+        return any((self.entropy_coef, self.entropy_low_coef, self.entropy_high_coef))
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether the loss reads entropy."""
-        coefs = (self.entropy_coef, self.entropy_low_coef, self.entropy_high_coef)
-        return any(coefs) or self.selection in ("top_entropy", "entropy_above")
+        return self.trains_entropy or self.selection in ("top_entropy", "entropy_above")
 
     @property
     def idle_without_advantage(self) -> bool:
@@ -358,10 +362,15 @@ class PolicyObjective:
         return (
             self.kl_coef == 0
             and self.nll_coef == 0
-            and not any((self.entropy_coef, self.entropy_low_coef, self.entropy_high_coef))
-            and self.surrogate not in _NOT_LINEAR
+            and not self.trains_entropy
+            and self.is_linear
             and self.selection is None
         )
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a token's policy term is a multiple of the size of its advantage."""
+        return self.surrogate not in _NOT_LINEAR
 
     @property
     def needs_reference(self) -> bool:
@@ -491,7 +500,7 @@ class PolicyObjective:
             if self.rollout_is is None:
                 reason = "to be False without rollout_is (token, sequence or geometric)"
                 _check.fail(_OP, "rollout_is_batch_normalize", reason, True)
-            if self.surrogate in _NOT_LINEAR:
+            if not self.is_linear:
                 reason = f"to be False with surrogate={self.surrogate!r}, not linear in A"
                 _check.fail(_OP, "rollout_is_batch_normalize", reason, True)
         if self.count_rejected and self.rollout_rs is None:
