@@ -144,6 +144,7 @@ class VllmEngine:
         min_p: float = 0.0,
         greedy: bool = False,
         strategy: Strategy | None = None,
+        environment: None = None,
         generator: torch.Generator | None = None,
     ) -> Rollouts:
         """Samples `group_size` completions of every prompt.
@@ -164,6 +165,11 @@ class VllmEngine:
             raise ValueError(
                 f"VllmEngine.generate: expected plain groups, got {type(strategy).__name__}: vLLM "
                 "neither forks nor prunes branches while it decodes"
+            )
+        if environment is not None:
+            raise ValueError(
+                "VllmEngine.generate: expected no environment: each turn would be a request of its "
+                "own, which this engine does not make"
             )
         check_prompts("VllmEngine", prompts)
         check_sampling("VllmEngine", group_size, max_new_tokens, temperature)

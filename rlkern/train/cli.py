@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from rlkern.rollout.environment import ReplyError
 from rlkern.train import EngineHang, TrainError
 from rlkern.train.checkpoint import MANIFEST, check_checkpoint, last_whole, tidy
 from rlkern.train.config import Config, find_recipe, load_config
@@ -118,6 +119,8 @@ def run(argv: list[str]) -> int:
         complete = trainer.fit()
     except EngineHang as error:
         start_again(error, run_dir, trainer)
+    except ReplyError as error:
+        raise TrainError(f"step {trainer.step}: {error}") from error
     except (RuntimeError, MemoryError) as error:
         if advice := out_of_memory(error, cfg):
             raise TrainError(f"step {trainer.step}: {advice}") from error

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 import rlkern
+from rlkern.rollout.environment import ENVIRONMENTS, Environment
 from rlkern.rollout.strategies import STRATEGIES, Strategy
 from rlkern.train import TrainError, load_function
 
@@ -61,7 +62,7 @@ class Model(Section):
 
 
 class Data(Section):
-    task: Literal["", "sort", "sort_distinct", "addition", "countdown"] = ""
+    task: Literal["", "sort", "sort_distinct", "addition", "countdown", "calculation"] = ""
     size: Positive = 5  # digits or numbers in a generated question
     train_size: Positive = 8192  # generated questions; a JSONL file is used whole
     heldout_size: Positive = 256  # generated, or cut from `train` where `heldout` is ""
@@ -98,6 +99,8 @@ class Rollout(Section):
     strategy_options: dict[str, Any] = {}  # arguments of its class
     save: bool = False  # to <run>/rollouts
     replay: str = ""  # such a folder: train from it, without an engine
+    environment: str = ""  # that answers the policy's turns: calculator, or module:class
+    environment_options: dict[str, Any] = {}  # its arguments beside the tokenizer
 
     def build_strategy(self, reward: Callable[[int, Tensor], float]) -> Strategy:
         """reward: of a response to a prompt, by its number, for strategies that look at it."""
@@ -111,10 +114,20 @@ class Rollout(Section):
             options[name] = load_function(f"rollout.strategy_options.{name}", options[name])
         return kind(**options)
 
+    def build_environment(self, tokenizer: Any) -> Environment | None:
+        if not self.environment:
+            return None
+        kind = ENVIRONMENTS.get(self.environment)
+        kind = kind or load_function("rollout.environment", self.environment)
+        try:
+            return kind(tokenizer, **self.environment_options)
+        except TypeError as error:
+            raise TrainError(f"rollout.environment_options: {error}") from error
+
     @model_validator(mode="after")
     def _known(self) -> "Rollout":
         try:
-            self.build_strategy(lambda number, tokens: 0.0)
+            strategy = self.build_strategy(lambda number, tokens: 0.0)
         except TypeError as error:
             raise ValueError(f"strategy_options: {error}") from error
         if self.strategy == "april" and self.max_staleness:
@@ -125,6 +138,11 @@ class Rollout(Section):
             raise ValueError(
                 f"engine = 'vllm' does not go with strategy = {self.strategy!r}: vLLM neither "
                 "forks nor prunes branches while it decodes"
+            )
+        if self.environment and (self.engine == "vllm" or not strategy.multi_turn):
+            raise ValueError(
+                "environment does not go with engine = 'vllm', nor with a strategy that forks "
+                f"responses or heats them by their length, got {self.engine}, {self.strategy}"
             )
         if self.engine == "vllm" and self.chunk is not None:
             raise ValueError("engine = 'vllm' does not go with chunk: its attention has its own")
@@ -151,7 +169,10 @@ class Algorithm(Section):
         "reinforce_plus_plus_baseline",
         "gpg",
         "w_reinforce",
+        "spiral",
     ] = "grpo"
+    credit: Literal["sequence", "turn"] = "sequence"  # what has an advantage of its own
+    agents: Positive = 1  # of the environment: turns are compared with those of the same agent
 
     def build(self) -> rlkern.PolicyObjective:
         return rlkern.PolicyObjective.preset(self.objective, **self.options)
@@ -240,6 +261,10 @@ class Config(Section):
             raise ValueError("rollout.group_size = 1 leaves nothing to compare: expected >= 2")
         if self.reward_policy == "skip" and self.rollout.explore > 1:
             raise ValueError("reward_policy = skip does not go with rollout.explore: use zero")
+        if (self.algorithm.agents > 1) > (self.algorithm.credit == "turn"):
+            raise ValueError("algorithm.agents > 1 needs algorithm.credit = 'turn'")
+        if (self.algorithm.credit == "turn") > bool(self.rollout.environment):
+            raise ValueError("algorithm.credit = 'turn' needs a rollout.environment")
         if self.optim.updates > sequences:
             raise ValueError(
                 f"optim.updates = {self.optim.updates} is more than the {sequences} sequences of a "
