@@ -234,6 +234,7 @@ class Log(Section):
     every: Positive = 5  # steps between lines when the output is no terminal
     samples: Positive = 2  # best and worst completions logged per step
     tensorboard: bool = True
+    wandb: str = ""  # project of Weights & Biases
 
 
 class Config(Section):

@@ -25,6 +25,7 @@ import rlkern
 from rlkern.rollout import Environment, Rollouts, most_contrastive, turn_rows
 from rlkern.rollout.environment import replies_in
 from rlkern.rollout.strategies import Strategy
+from rlkern.rollout.trees import widest
 from rlkern.train import EngineHang, TrainError
 from rlkern.train import checkpoint as ckpt
 from rlkern.train.batch import TokenBatch, collate, collate_shared, response_logprobs
@@ -42,7 +43,6 @@ from rlkern.train.model import encode_prompt, end_tokens, load_model
 from rlkern.train.precision import RolloutPolicy, mismatch, staleness
 from rlkern.train.rewards import RewardError, judge, load_reward, score
 from rlkern.train.tasks import Example
-from rlkern.train.trees import widest
 
 # what sampling gives: rollouts, the example of each of their prompts, and what it took
 Drawn = tuple[Rollouts, list[Example], dict[str, float]]
@@ -347,13 +347,15 @@ class Trainer:
         done, total = self.step - self.cfg.warmup.steps, self.cfg.run.steps
         lr = cfg.lr * schedule(cfg.schedule, done, total, cfg.warmup_steps)
         losses, norms, seen = [], [], defaultdict(list)
+        weights, idle = [rollouts.logprob[:0]], 0
         shuffle = self.generator("minibatch")
         for _ in range(cfg.epochs):
             for chunk in minibatches(rollouts, cfg.updates, cfg.share_prefix, shuffle):
-                picked = [i for i in chunk if busy[i]]
+                picked, count = [i for i in chunk if busy[i]], sum(lengths[i] for i in chunk)
+                idle += count - sum(lengths[i] for i in picked)
                 if not picked:
                     continue
-                counts = {"token-mean": sum(lengths[i] for i in chunk), "token-sum": None}
+                counts = {"token-mean": count, "token-sum": None}
                 size, loss = cfg.micro_batch or len(picked), 0.0
                 for start in range(0, len(picked), size):
                     micro = picked[start : start + size]
@@ -371,7 +373,9 @@ class Trainer:
                         nll_weight=correct[micro],
                         normalizer=counts.get(objective.loss_agg_mode, len(chunk)),
                     )
+                    out.logprob.retain_grad()
                     result.loss.backward()
+                    weights.append(out.logprob.grad * -count)
                     loss += result.loss.item()
                     for name, value in result.metrics.items():
                         seen[name].append(value.item())
@@ -379,6 +383,7 @@ class Trainer:
                 watched |= {"the advantages": advantages, "the log-probs": out.logprob}
                 norms.append(self.optimizer_step(lr, watched | {"the loss": torch.tensor(loss)}))
                 losses.append(loss)
+        self.log.gradients(self.step, torch.cat(weights), idle)
         metrics = {"loss": mean(losses), "grad_norm": mean(norms), "lr": lr}
         for name, values in seen.items():
             fold = max if "max" in name else min if "min" in name else mean
