@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlkern.report.records import read_lines, read_settings
@@ -121,8 +122,8 @@ class Marked(list):
 def _gradients(records: list[dict[str, Any]]) -> str:
     """Of the first step, one in the middle and the last one."""
     picked = [records[i] for i in dict.fromkeys(_spread(len(records), 3))]
-    figure = Figure(figsize=(11, 3), layout="constrained")
-    for axes, record in zip(figure.subplots(1, len(picked), squeeze=False)[0], picked):
+    figure, grid = _axes(1, len(picked), 3)
+    for axes, record in zip(grid, picked):
         axes.stairs(record["counts"], record["edges"], fill=True)
         axes.set_yscale("symlog")
         total = max(1, sum(record["counts"]) + record["zero"])
@@ -143,8 +144,7 @@ def _curves(runs: dict[str, list[dict[str, Any]]]) -> str:
     names = {name for records in runs.values() for record in records for name in record}
     panels = {title: series for title, series in PANELS.items() if names & {*series.values()}}
     rows = max(1, -(-len(panels) // 2))
-    figure = Figure(figsize=(11, 2.8 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, 2).flat)
+    figure, grid = _axes(rows, 2, 2.8 * rows)
     for spare in grid[len(panels) :]:
         spare.set_visible(False)
     for axes, (title, series) in zip(grid, panels.items()):
@@ -165,12 +165,20 @@ def _curves(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _trees(records: list[dict[str, Any]]) -> str:
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, record in zip(figure.subplots(1, len(records), squeeze=False)[0], records):
+    figure, grid = _axes(1, len(records), 4)
+    for axes, record in zip(grid, records):
         draw(axes, record)
         title = f"step {record['step']}: the group that shared most, red to green by reward"
         axes.set_title(title, fontsize=10)
     return _svg(figure)
+
+
+def _axes(rows: int, columns: int, inches: float) -> tuple[Figure, list[Axes]]:
+    """A grid of axes, with room for titles and labels: matplotlib's own layout takes seconds."""
+    figure = Figure(figsize=(11, inches))
+    room = {"left": 0.06, "right": 0.99, "top": 1 - 0.3 / inches, "bottom": 0.5 / inches}
+    room |= {"hspace": 0.3, "wspace": 0.15}
+    return figure, list(figure.subplots(rows, columns, squeeze=False, gridspec_kw=room).flat)
 
 
 def _svg(figure: Figure) -> str:

@@ -322,12 +322,21 @@ def find_recipe(name: str) -> Path:
 
 
 def load_config(path: Path, overrides: dict[str, str]) -> Config:
+    return build_config(read_recipe(path), overrides, str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Its values over those of the recipe that `base` names, section by section."""
     try:
         text = path.read_text()
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise TrainError(f"{path}: cannot be read: {error}") from error
-    return build_config(values, overrides, str(path))
+    base = read_recipe(find_recipe(values.pop("base"))) if "base" in values else {}
+    for name, value in values.items():
+        both = isinstance(value, dict) and isinstance(base.get(name), dict)
+        base[name] = base[name] | value if both else value
+    return base
 
 
 def build_config(values: dict[str, Any], overrides: dict[str, str], origin: str) -> Config:
