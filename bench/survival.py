@@ -127,7 +127,8 @@ def records(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [
-        {k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "memory/"))}
+        for line in lines
     ]
 
 

@@ -25,8 +25,8 @@ CHUNK = ("--rollout.chunk", "4")
 RUNS = {
     "groups": ["demo"],
     "groups, shared prompts": ["demo", *CHUNK, "--optim.share_prefix", "true"],
-    "LATR": ["demo_latr"],
-    "CURE": ["demo_cure"],
+    "LATR": ["latr"],
+    "CURE": ["cure"],
 }
 
 

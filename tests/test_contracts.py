@@ -50,7 +50,7 @@ def test_a_second_claim_on_a_key_is_refused():
 
 
 # Which layer may import which: the later ones know the earlier ones.
-LAYERS = ["_native", "_library", "_check", "ops", "quant", "kv", "rollout", "train"]
+LAYERS = ["_native", "_library", "_check", "ops", "quant", "kv", "rollout", "report", "train"]
 
 
 def _imports(path: Path) -> set[str]:

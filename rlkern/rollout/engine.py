@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+TURNS = ("turns", "agents", "turn_rewards")  # fields of Rollouts
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -29,8 +31,13 @@ class Rollouts:
     versions: Tensor | None = None  # int64 [T], of the weights that drew the token
     # int64 [T], the first place of the same token of the same tree: itself unless sequences share
     origin: Tensor | None = None
-    mask: Tensor | None = None  # bool [T], False: given by a strategy, not drawn
+    # bool [T], False: given by a strategy or an environment, not drawn
+    mask: Tensor | None = None
     prompt_ids: Tensor | None = None  # int64 [P], the number of each prompt among those handed in
+    # With an environment. A reply counts to the turn that it answers.
+    turns: Tensor | None = None  # int64 [T], the token's turn within its sequence
+    agents: Tensor | None = None  # int64 [T], who spoke in that turn
+    turn_rewards: Tensor | None = None  # float32 [T], the turn's, at the last token that it drew
 
     @property
     def lengths(self) -> Tensor:
@@ -62,7 +69,7 @@ class Rollouts:
         lengths = self.lengths[rows]
         starts = torch.repeat_interleave(self.cu_seqlens[rows] - offsets(lengths)[:-1], lengths)
         at = starts + torch.arange(len(starts), device=starts.device)
-        per_token = ("tokens", "logprob", "entropy", "versions", "mask")
+        per_token = ("tokens", "logprob", "entropy", "versions", "mask", *TURNS)
         given = {name: getattr(self, name) for name in per_token}
         changed = {name: tensor[at] for name, tensor in given.items() if tensor is not None}
         if self.origin is not None:

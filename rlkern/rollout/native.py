@@ -17,6 +17,7 @@ from rlkern.kv import TreeKVCache, Work, hf
 from rlkern.ops.tree_attention import TreePlan
 from rlkern.rollout.decoder import Attend, Decoder
 from rlkern.rollout.engine import Rollouts, check_prompts, check_sampling
+from rlkern.rollout.environment import Environment
 from rlkern.rollout.run import Kept, Run
 from rlkern.rollout.strategies.base import Strategy
 
@@ -93,6 +94,7 @@ class NativeEngine:
         min_p: float = 0.0,
         greedy: bool = False,
         strategy: Strategy | None = None,
+        environment: Environment | None = None,
         generator: torch.Generator | None = None,
     ) -> Rollouts:
         """Samples `group_size` completions of every prompt, or what `strategy` makes of that.
@@ -102,6 +104,9 @@ class NativeEngine:
         tokens that top_k, top_p and min_p leave (see `rlkern.sample_tokens`). The same generator
         state gives the same bits; a draw depends on that state, on the sample's number within its
         group and on its position, not on max_sequences or on what is sampled beside it.
+
+        `environment` answers turns, see `rlkern.rollout.environment`; max_new_tokens counts its
+        replies, too. A sequence that it does not end is truncated.
 
         Groups that a strategy with `num_groups` leaves unfinished go on in the next call, before
         its own prompts, of which there may be none; `Rollouts.prompt_ids` counts on from call to
@@ -125,6 +130,10 @@ class NativeEngine:
         device = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
         strategy = strategy or Strategy()
+        if environment is not None and not strategy.multi_turn:
+            raise ValueError(
+                f"NativeEngine.generate: {type(strategy).__name__} does not go with an environment"
+            )
         strategy.begin(group_size)
         self._reserve(prompts, strategy, max_new_tokens)
         sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "greedy": greedy}
@@ -136,7 +145,7 @@ class NativeEngine:
         exact = self.score is not None
         self.layers = list(zip(self.cache.k.unbind(), self.cache.v.unbind(), strict=True))
         self.decoder = Decoder(self.model, need, direct=self.direct, exact=exact)
-        run = Run(self, strategy, max_new_tokens, temperature, sampling, seed)
+        run = Run(self, strategy, max_new_tokens, temperature, sampling, seed, environment)
         try:
             rollouts = run.all(prompts)
             self.stats = run.stats(rollouts)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 import rlkern
 from rlkern.kv import OutOfPages, TreeExport, Work
-from rlkern.rollout.engine import Rollouts, first_place, offsets
-from rlkern.rollout.state import Done, Group, Rows, Step
+from rlkern.rollout.engine import TURNS, Rollouts, first_place, offsets
+from rlkern.rollout.environment import Turn, ask
+from rlkern.rollout.state import Done, Group, Rows, Spoken, Step
 
 if TYPE_CHECKING:
+    from rlkern.rollout.environment import Environment, Reply
     from rlkern.rollout.native import NativeEngine
     from rlkern.rollout.strategies.base import Strategy
 
@@ -32,6 +34,7 @@ class Ended(NamedTuple):
     done: list[Done]
     at: list[np.ndarray]  # of each sequence, rows of `tree`, without the prompt
     mask: list[np.ndarray]  # of each sequence, which of its tokens were drawn
+    spoken: list[tuple[np.ndarray, ...]]  # turn, agent and reward of its tokens
     tree: TreeExport
 
 
@@ -63,8 +66,12 @@ class Run:
         temperature: float,
         sampling: dict[str, Any],
         seed: int,
+        environment: Environment | None = None,
     ) -> None:
         self.engine, self.cache, self.strategy = engine, engine.cache, strategy
+        self.environment, self.turn_ends = environment, np.empty(0, np.int64)
+        if environment is not None:
+            self.turn_ends = np.union1d(engine.eos, list(environment.turn_ends))
         self.max_new_tokens, self.temperature = max_new_tokens, temperature
         self.sampling, self.seed = sampling, seed
         self.plain = not sampling["top_k"] and sampling["top_p"] == 1 and not sampling["min_p"]
@@ -159,6 +166,8 @@ class Run:
         forced: a token of each child after those, its log-prob and its entropy. In `on_logits` the
             drawn tokens do not count: a forced one stands in the place of such a token.
         """
+        if self.environment is not None:
+            raise ValueError("Run.fork: with an environment a response has no forks")
         if self.drawing and at is None and forced is None:
             raise ValueError("Run.fork: expected `forced` or `at` in on_logits, got neither")
         counts = np.broadcast_to(np.asarray(n, np.int64), len(rows))
@@ -375,12 +384,65 @@ class Run:
             last = np.concatenate([last, rows.last[count:]])
         self.rows = Rows(rows.branch, rows.group, rows.stream, length, last)
 
+    def _reply(self) -> tuple[np.ndarray, np.ndarray]:
+        """Asks the environment where turns have ended -> which rows are done, which are cut off."""
+        rows, environment = self.rows, self.environment
+        done, cut = np.zeros(len(rows), bool), rows.length >= self.max_new_tokens
+        asked = np.flatnonzero(np.isin(rows.last, self.turn_ends)).tolist()
+        if not asked:
+            return done, cut
+        turns = [self._turn(i) for i in asked]
+        vocabulary = self.engine.model.config.get_text_config().vocab_size
+        replies = ask(environment, turns, vocabulary)
+        length, last = rows.length.copy(), rows.last.copy()
+        branches, said, bounds = [], [], [0]
+        for i, turn, reply in zip(asked, turns, replies, strict=True):
+            spoken = self.groups[turn.number].turns[int(rows.stream[i])]
+            self._pay(spoken, reply, len(turn.response))
+            after = len(turn.response) + len(reply.tokens)
+            done[i] = reply.done
+            # a reply that leaves nothing to draw is not worth its place
+            cut[i] |= after >= self.max_new_tokens or turn.index + 1 >= environment.max_turns
+            if done[i] or cut[i]:
+                continue
+            spoken.append(Spoken(after, reply.agent))
+            length[i], last[i] = after, -1  # an end token of a reply ends nothing
+            if len(reply.tokens):
+                branches.append(int(rows.branch[i]))
+                said += reply.tokens
+                bounds.append(len(said))
+        if branches:
+            self.cache.append(branches, said, torch.tensor(bounds))
+        self.rows = Rows(rows.branch, rows.group, rows.stream, length, last)
+        return done, cut
+
+    def _turn(self, i: int) -> Turn:
+        """The turn that row i has just ended."""
+        rows = self.rows
+        group, stream = self.groups[int(rows.group[i])], int(rows.stream[i])
+        spoken = group.turns.setdefault(stream, [Spoken(0, self.environment.first_agent)])
+        whole = self.cache.tokens(int(rows.branch[i])).tolist()
+        prompt, response = whole[: len(group.prompt)], whole[len(group.prompt) :]
+        last = spoken[-1]
+        return Turn(group.number, prompt, response, last.begin, len(spoken) - 1, last.agent)
+
+    def _pay(self, spoken: list[Spoken], reply: Reply, end: int) -> None:
+        spoken[-1].end, spoken[-1].reward = end, float(reply.reward)
+        for agent, reward in reply.others.items():
+            theirs = [turn for turn in spoken if turn.agent == agent]
+            if theirs:
+                theirs[-1].reward += float(reward)
+
     def _finish(self) -> None:
         """Takes out sequences that have ended, and then groups."""
         while True:
+            if self.environment is None:
+                stop = (self.rows.last[:, None] == self.engine.eos).any(1)
+                ended = stop | (self.rows.length >= self.max_new_tokens)
+            else:
+                stop, cut = self._reply()
+                ended = stop | cut
             rows = self.rows
-            stop = (rows.last[:, None] == self.engine.eos).any(1)
-            ended = stop | (rows.length >= self.max_new_tokens)
             if ended.any():
                 self._leave(ended)
                 fresh = []
@@ -424,19 +486,32 @@ class Run:
                 node = parent[node]
             at.append(np.concatenate(path[::-1])[len(group.prompt) - group.given :])
         drawn_by = [group.drawn_by(one.stream, one.length) for one in done]
-        mask = [stream >= 0 for stream in drawn_by]
-        self.ended.append(Ended(group, done, first_rows(at, drawn_by), mask, tree))
+        if self.environment is not None:
+            for one in done:  # also those that were cut off within the first turn
+                first_turn = Spoken(0, self.environment.first_agent)
+                group.turns.setdefault(one.stream, [first_turn])
+        spoken = [group.spoken(one.stream, one.length) for one in done]
+        mask = [(by >= 0) & drawn for by, (drawn, *_) in zip(drawn_by, spoken, strict=True)]
+        of_turns = [rest for _, *rest in spoken]
+        self.ended.append(Ended(group, done, first_rows(at, drawn_by), mask, of_turns, tree))
 
     def stats(self, rollouts: Rollouts) -> dict[str, float]:
         """What the call took.
 
         rollout/computed: tokens that went through the model; rollout/used: those of the sequences
         and their prompts, each shared one once; rollout/kv_saved: the share of reads of keys that
-        sharing has saved.
+        sharing has saved. With an environment also rollout/turns of a sequence, rollout/replied,
+        the share of its tokens that are replies, and reward/turns, the sum of its turns' rewards.
         """
         own = 0 if rollouts.origin is None else len(rollouts.origin.unique())
         paths = int(self.paths) + self.fed  # positions begin at 0
-        return {
+        turns = {}
+        if rollouts.turns is not None and len(rollouts.tokens):
+            last = rollouts.turns[rollouts.cu_seqlens[1:] - 1].float()
+            turns["rollout/turns"] = float(last.mean()) + 1
+            turns["rollout/replied"] = 1 - float(rollouts.mask.float().mean())
+            turns["reward/turns"] = float(rollouts.turn_rewards.sum()) / len(last)
+        return turns | {
             "rollout/computed": float(self.fed),
             "rollout/used": float(own + len(rollouts.prompt_tokens)),
             "rollout/kv_saved": 1 - self.read / paths if paths else 0.0,
@@ -511,15 +586,21 @@ class Run:
         device, ended = self.engine.model.device, sorted(self.ended, key=lambda e: e.group.number)
         prompts = [e.group.prompt[: len(e.group.prompt) - e.group.given] for e in ended]
         trees, first = [e.tree for e in ended], 0
-        at, mask, group_ids = [], [], []
+        at, mask, spoken, group_ids = [], [], [], []
         for i, one in enumerate(ended):
             at += [rows + first for rows in one.at]
             mask += one.mask
+            spoken += one.spoken
             group_ids += [i] * len(one.at)
             first += len(one.tree.tokens)
         truncated = [done.truncated for one in ended for done in one.done]
         lengths = torch.tensor([len(rows) for rows in at], dtype=torch.int64)
         rows = torch.from_numpy(np.concatenate(at)) if at else lengths
+
+        turns = {}
+        if self.environment is not None and spoken:
+            columns = (torch.from_numpy(np.concatenate(c)).to(device) for c in zip(*spoken))
+            turns = dict(zip(TURNS, columns, strict=True))
 
         def of_tokens(name: str, dtype: torch.dtype) -> Tensor:
             parts = [getattr(tree, name) for tree in trees]
@@ -538,6 +619,7 @@ class Run:
             origin=first_place(rows).to(device),
             mask=torch.from_numpy(np.concatenate(mask)).to(device) if mask else None,
             prompt_ids=torch.tensor([e.group.number for e in ended], device=device),
+            **turns,
         )
 
 

@@ -18,6 +18,16 @@ class Done:
 
 
 @dataclass
+class Spoken:
+    """A turn of a stream: response tokens begin..end, and the reply up to the next one's begin."""
+
+    begin: int
+    agent: int
+    end: int = -1  # -1: it goes on
+    reward: float = 0.0
+
+
+@dataclass
 class Group:
     """One prompt and all that grows from it."""
 
@@ -33,6 +43,7 @@ class Group:
     lineage: list[tuple[int, int]] = field(default_factory=list)
     parked: list[int] = field(default_factory=list)  # branches that a strategy has stopped
     done: list[Done] = field(default_factory=list)
+    turns: dict[int, list[Spoken]] = field(default_factory=dict)  # by stream, with an environment
     notes: dict = field(default_factory=dict)  # of the strategy
 
     @property
@@ -47,6 +58,17 @@ class Group:
             owner[shared:length] = stream
             stream, length = parent, min(length, shared)
         return owner
+
+    def spoken(self, stream: int, length: int) -> tuple[np.ndarray, ...]:
+        """Of each response token, with an environment: drawn in a turn? its turn, agent, reward."""
+        drawn, turn = np.ones(length, bool), np.zeros(length, np.int64)
+        agent, reward = np.zeros(length, np.int64), np.zeros(length, np.float32)
+        for index, one in enumerate(self.turns.get(stream, [])):
+            turn[one.begin :], agent[one.begin :] = index, one.agent
+            drawn[one.begin :] = True
+            if one.end >= 0:
+                drawn[one.end :], reward[one.end - 1] = False, one.reward
+        return drawn, turn, agent, reward
 
     def stem(self) -> "Rows":
         """The prompt, to fork it with `at`."""

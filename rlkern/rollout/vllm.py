@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlkern.rollout.engine import Rollouts, check_prompts, check_sampling, offsets
+from rlkern.rollout.environment import Environment
 from rlkern.rollout.run import Kept
 from rlkern.rollout.strategies.base import Strategy
 
@@ -137,6 +138,7 @@ class VllmEngine:
         min_p: float = 0.0,
         greedy: bool = False,
         strategy: Strategy | None = None,
+        environment: Environment | None = None,
         generator: torch.Generator | None = None,
     ) -> Rollouts:
         """Samples `group_size` completions of every prompt.
@@ -167,6 +169,7 @@ class VllmEngine:
             min_p=min_p,
             greedy=greedy,
             strategy=strategy,
+            environment=environment,
         )
         seeds = draw_seeds(generator, len(prompts) * group_size)
         quick = {"flat_logprobs": True, "detokenize": False, "skip_clone": True}
@@ -218,12 +221,18 @@ def sampling_arguments(
     min_p: float,
     greedy: bool,
     strategy: Strategy | None,
+    environment: Environment | None,
 ) -> dict[str, Any]:
     """Checks what an engine was asked for -> arguments of vllm.SamplingParams."""
     if strategy is not None and type(strategy) is not Strategy:
         raise ValueError(
             f"{engine}.generate: expected plain groups, got {type(strategy).__name__}: vLLM "
             "neither forks nor prunes branches while it decodes"
+        )
+    if environment is not None:
+        raise ValueError(
+            f"{engine}.generate: expected no environment: each turn would be a request of its own, "
+            "which this engine does not make"
         )
     check_prompts(engine, prompts)
     check_sampling(engine, group_size, max_new_tokens, temperature)

@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from rlkern.rollout.engine import Rollouts
+from rlkern.rollout.environment import Environment
 from rlkern.rollout.run import Kept
 from rlkern.rollout.strategies.base import Strategy
 from rlkern.rollout.vllm import (
@@ -226,6 +227,7 @@ class VllmServer:
         min_p: float = 0.0,
         greedy: bool = False,
         strategy: Strategy | None = None,
+        environment: Environment | None = None,
         generator: torch.Generator | None = None,
     ) -> Rollouts:
         """Samples `group_size` completions of every prompt: as `VllmEngine.generate` does.
@@ -247,6 +249,7 @@ class VllmServer:
             min_p=min_p,
             greedy=greedy,
             strategy=strategy,
+            environment=environment,
         )
         # greedy samples are one sample: vLLM refuses more
         arguments["n"] = 1 if greedy else group_size

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 import transformers
 
+from rlkern.report import ReportError, read_lines, report
+from rlkern.rollout.environment import ReplyError
 from rlkern.train import EngineHang, TrainError
 from rlkern.train.checkpoint import MANIFEST, check_checkpoint, last_whole, tidy
 from rlkern.train.config import Config, find_recipe, load_config
 from rlkern.train.diagnose import out_of_memory
-from rlkern.train.log import read_lines, write_whole
+from rlkern.train.log import write_whole
 from rlkern.train.loop import Trainer
 from rlkern.train.model import load_model
-from rlkern.train.report import report, write_report
 
 FLAGS = ("dry-run", "resume", "null", "help")
 
@@ -31,7 +32,7 @@ FLAGS = ("dry-run", "resume", "null", "help")
 def main(argv: list[str] | None = None) -> int:
     try:
         return run(sys.argv[1:] if argv is None else argv)
-    except TrainError as error:
+    except (TrainError, ReportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -118,6 +119,8 @@ def run(argv: list[str]) -> int:
         complete = trainer.fit()
     except EngineHang as error:
         start_again(error, run_dir, trainer)
+    except ReplyError as error:
+        raise TrainError(f"step {trainer.step}: {error}") from error
     except (RuntimeError, MemoryError) as error:
         if advice := out_of_memory(error, cfg):
             raise TrainError(f"step {trainer.step}: {advice}") from error
@@ -156,7 +159,7 @@ def finish(cfg: Config, run_dir: Path) -> int:
     summary |= {"training_seconds": seconds, "seed": cfg.run.seed, "null": cfg.run.null}
     summary |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
-    page = write_report(run_dir, cfg, summary)
+    page = report([run_dir])
     print(f"held-out greedy {before:.1%} -> {after:.1%}, {seconds:.0f} s of training")
     print(f"report: {page.resolve()}")
     if not passed:

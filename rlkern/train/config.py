@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 import rlkern
+from rlkern.rollout.environment import ENVIRONMENTS, Environment
 from rlkern.rollout.strategies import STRATEGIES, Strategy
 from rlkern.train import TrainError, load_function
 
@@ -61,7 +62,7 @@ class Model(Section):
 
 
 class Data(Section):
-    task: Literal["", "sort", "sort_distinct", "addition", "countdown"] = ""
+    task: Literal["", "sort", "sort_distinct", "addition", "countdown", "calculation"] = ""
     size: Positive = 5  # digits or numbers in a generated question
     train_size: Positive = 8192  # generated questions; a JSONL file is used whole
     heldout_size: Positive = 256  # generated, or cut from `train` where `heldout` is ""
@@ -98,6 +99,8 @@ class Rollout(Section):
     strategy_options: dict[str, Any] = {}  # arguments of its class
     save: bool = False  # to <run>/rollouts
     replay: str = ""  # such a folder: train from it, without an engine
+    environment: str = ""  # that answers the policy's turns: calculator, or module:class
+    environment_options: dict[str, Any] = {}  # its arguments beside the tokenizer
 
     def build_strategy(self, reward: Callable[[int, Tensor], float]) -> Strategy:
         """reward: of a response to a prompt, by its number, for strategies that look at it."""
@@ -111,10 +114,20 @@ class Rollout(Section):
             options[name] = load_function(f"rollout.strategy_options.{name}", options[name])
         return kind(**options)
 
+    def build_environment(self, tokenizer: Any) -> Environment | None:
+        if not self.environment:
+            return None
+        kind = ENVIRONMENTS.get(self.environment)
+        kind = kind or load_function("rollout.environment", self.environment)
+        try:
+            return kind(tokenizer, **self.environment_options)
+        except TypeError as error:
+            raise TrainError(f"rollout.environment_options: {error}") from error
+
     @model_validator(mode="after")
     def _known(self) -> "Rollout":
         try:
-            self.build_strategy(lambda number, tokens: 0.0)
+            strategy = self.build_strategy(lambda number, tokens: 0.0)
         except TypeError as error:
             raise ValueError(f"strategy_options: {error}") from error
         if self.strategy == "april" and self.max_staleness:
@@ -125,6 +138,12 @@ class Rollout(Section):
             raise ValueError(
                 f"engine = {self.engine!r} does not go with strategy = {self.strategy!r}: vLLM "
                 "neither forks nor prunes branches while it decodes"
+            )
+        if self.environment and (self.engine != "native" or not strategy.multi_turn):
+            raise ValueError(
+                f"environment does not go with engine = {self.engine!r}, strategy = "
+                f"{self.strategy!r}: expected native, and a strategy that neither forks responses "
+                "nor heats them by their length"
             )
         if self.engine != "native" and self.chunk is not None:
             raise ValueError(f"engine = {self.engine!r} does not go with chunk, which is rlkern's")
@@ -151,7 +170,10 @@ class Algorithm(Section):
         "reinforce_plus_plus_baseline",
         "gpg",
         "w_reinforce",
+        "spiral",
     ] = "grpo"
+    credit: Literal["sequence", "turn"] = "sequence"  # what has an advantage of its own
+    agents: Positive = 1  # of the environment: turns are compared with those of the same agent
 
     def build(self) -> rlkern.PolicyObjective:
         return rlkern.PolicyObjective.preset(self.objective, **self.options)
@@ -213,6 +235,7 @@ class Log(Section):
     every: Positive = 5  # steps between lines when the output is no terminal
     samples: Positive = 2  # best and worst completions logged per step
     tensorboard: bool = True
+    wandb: str = ""  # project of Weights & Biases
 
 
 class Config(Section):
@@ -240,6 +263,10 @@ class Config(Section):
             raise ValueError("rollout.group_size = 1 leaves nothing to compare: expected >= 2")
         if self.reward_policy == "skip" and self.rollout.explore > 1:
             raise ValueError("reward_policy = skip does not go with rollout.explore: use zero")
+        if (self.algorithm.agents > 1) > (self.algorithm.credit == "turn"):
+            raise ValueError("algorithm.agents > 1 needs algorithm.credit = 'turn'")
+        if (self.algorithm.credit == "turn") > bool(self.rollout.environment):
+            raise ValueError("algorithm.credit = 'turn' needs a rollout.environment")
         if self.optim.updates > sequences:
             raise ValueError(
                 f"optim.updates = {self.optim.updates} is more than the {sequences} sequences of a "
@@ -297,12 +324,21 @@ def find_recipe(name: str) -> Path:
 
 
 def load_config(path: Path, overrides: dict[str, str]) -> Config:
+    return build_config(read_recipe(path), overrides, str(path))
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Its values over those of the recipe that `base` names, section by section."""
     try:
         text = path.read_text()
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise TrainError(f"{path}: cannot be read: {error}") from error
-    return build_config(values, overrides, str(path))
+    base = read_recipe(find_recipe(values.pop("base"))) if "base" in values else {}
+    for name, value in values.items():
+        both = isinstance(value, dict) and isinstance(base.get(name), dict)
+        base[name] = base[name] | value if both else value
+    return base
 
 
 def build_config(values: dict[str, Any], overrides: dict[str, str], origin: str) -> Config:

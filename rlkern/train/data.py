@@ -68,8 +68,8 @@ def read_jsonl(path: str) -> list[Example]:
 def generate(cfg: Config) -> list[Example]:
     """Distinct questions of a built-in task: as many as asked for, or as there are."""
     data, found, misses = cfg.data, {}, 0
-    if data.task == "sort" and data.size > 10:
-        raise TrainError(f"data.size = {data.size}: there are only 10 distinct digits to sort")
+    if data.task in ("sort", "calculation") and data.size > 10:
+        raise TrainError(f"data.size = {data.size}: there are only 10 distinct digits")
     rng = random.Random(f"task/{cfg.run.seed}")
     while len(found) < data.heldout_size + data.train_size and misses < PATIENCE:
         example = TASKS[data.task](rng, data.size)

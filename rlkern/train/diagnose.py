@@ -85,10 +85,6 @@ def out_of_memory(error: BaseException, cfg: Config) -> str:
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if not known and "can't allocate memory" not in str(error):
         return ""
-    if torch.cuda.is_available():
-        held = torch.cuda.memory_allocated()
-    else:
-        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     part = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if "generate" in part:
         advice = f"the rollout: lower rollout.max_sequences (now {cfg.rollout.max_sequences})"
@@ -103,9 +99,15 @@ def out_of_memory(error: BaseException, cfg: Config) -> str:
         if not cfg.optim.share_prefix:
             advice += ", optim.share_prefix = true where prompts are long"
     amount = f"{wanted[1]} were wanted" if wanted else "the amount was not told"
-    return (
-        f"out of memory in {advice}.\n  {amount} beside the {held / 2**30:.2f} GiB that were held"
-    )
+    held = f"{memory_held() / 2**30:.2f} GiB"
+    return f"out of memory in {advice}.\n  {amount} beside the {held} that were held"
+
+
+def memory_held() -> int:
+    """Bytes: allocated on the GPU, or without one the most that this process has had."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def diagnose_warmup(loss: float, floor: float | None, cfg: Config) -> dict[str, str]:

@@ -1,25 +1,20 @@
-"""What a run leaves behind and shows: metrics.jsonl, samples.jsonl, TensorBoard, the terminal."""
+"""What a run leaves behind and shows: JSONL logs, TensorBoard, Weights & Biases, the terminal."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from torch import Tensor
 
-from rlkern.train import TrainError
+from rlkern.report import read_lines
+from rlkern.report.boards import Boards
+from rlkern.report.live import Dashboard, line
 from rlkern.train.config import Config
+from rlkern.train.diagnose import memory_held
 
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL log; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text().split("\n") if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+LOGS = ("metrics", "samples", "trees", "gradients")
+EDGES = [i / 5 for i in range(-20, 21)]  # of the histogram; what lies outside is in the last bins
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -33,40 +28,28 @@ class RunLog:
     """Appends to the logs of `folder`, first cut back to the records up to `step` (-1: none)."""
 
     def __init__(self, folder: Path, cfg: Config, step: int) -> None:
-        self.cfg, self.files, self.board, self.bar = cfg, {}, None, None
-        for name in ("metrics", "samples", "trees"):
+        self.cfg, self.files, self.screen = cfg, {}, None
+        for name in LOGS:
             path = folder / f"{name}.jsonl"
             kept = [record for record in read_lines(path) if record["step"] <= step]
             write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
             self.files[name] = path.open("a")
-        if cfg.log.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise TrainError(
-                    "log.tensorboard = true needs tensorboard: pip install 'rlkern[train]', or "
-                    "set --log.tensorboard false"
-                ) from error
-            # The viewer hides the events of steps that are about to be repeated.
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        if sys.stderr.isatty():
-            done = max(step, 0)
-            self.bar = tqdm(total=cfg.total_steps, initial=done, unit="step", dynamic_ncols=True)
+        how = cfg.log.tensorboard, cfg.log.wandb, cfg.model_dump(), step
+        self.boards = Boards(folder, *how)
+        if sys.stdout.isatty():
+            self.screen = Dashboard(str(folder), cfg.total_steps, max(step, 0))
 
     def say(self, text: str) -> None:
-        """A line of text that does not break the progress bar."""
-        if self.bar is None:
+        """A line of text, above the dashboard where there is one."""
+        if self.screen is None:
             print(text, flush=True)
         else:
-            self.bar.write(text)
+            self.screen.say(text)
 
     def metrics(self, record: dict[str, Any]) -> None:
+        record["memory/gib"] = memory_held() / 2**30
         self._append("metrics", record)
-        if self.board is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
-                    tag = name if "/" in name else f"{record['phase']}/{name}"
-                    self.board.add_scalar(tag, value, record["step"])
+        self.boards.log(record)
         self._show(record)
 
     def samples(self, step: int, samples: list[dict[str, Any]]) -> None:
@@ -75,12 +58,19 @@ class RunLog:
         self._append("samples", {"step": step, "best": ranked[:n], "worst": ranked[-n:]})
 
     def tree(self, step: int, tree: dict[str, Any] | None) -> None:
-        """Logs what `trees.widest` has found."""
+        """Logs what `rollout.trees.widest` has found."""
         if tree is not None:
             self._append("trees", {"step": step, **tree})
 
+    def gradients(self, step: int, weights: Tensor, idle: int) -> None:
+        """Logs a histogram of tokens' gradient coefficients; idle: those that were not computed."""
+        moved = weights[weights != 0].clamp(EDGES[0], EDGES[-1]).float().cpu()
+        counts = moved.histc(len(EDGES) - 1, EDGES[0], EDGES[-1]).int().tolist()
+        record = {"zero": len(weights) - len(moved) + idle, "edges": EDGES, "counts": counts}
+        self._append("gradients", {"step": step, **record})
+
     def close(self) -> None:
-        for resource in (*self.files.values(), self.board, self.bar):
+        for resource in (*self.files.values(), self.boards, self.screen):
             if resource is not None:
                 resource.close()
 
@@ -89,27 +79,13 @@ class RunLog:
         self.files[name].flush()
 
     def _show(self, record: dict[str, Any]) -> None:
+        """On the dashboard, or as a line where there is none."""
         cfg, step, phase = self.cfg, record["step"], record["phase"]
+        if self.screen is not None:
+            self.screen.show(record)
         if phase == "eval":
-            shown = {k[5:]: v for k, v in record.items() if k == "eval/greedy" or "@" in k}
-            scores = "  ".join(f"{name} {value:.1%}" for name, value in shown.items())
-            self.say(f"held-out after step {step}: {scores}")
-            return
-        if phase == "warmup":
-            count, total = step, cfg.warmup.steps
-            text = f"loss {record['loss']:.3f}  grad {record['grad_norm']:.2f}"
-        else:
-            count, total = step - cfg.warmup.steps, cfg.run.steps
-            text = (
-                f"reward {record['reward/mean']:.3f}  signal {record['signal/groups']:.0%}  "
-                f"length {record['completion/length']:.1f}  "
-                f"cut {record['completion/truncated']:.0%}  entropy {record['entropy']:.3f}  "
-                f"gap {record['logprob_gap/max']:.0e}  grad {record['grad_norm']:.2f}  "
-                f"{record['time/tokens_per_second']:,.0f} tok/s"
-            )
-        if self.bar is not None:
-            self.bar.set_description(phase, refresh=False)
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-        elif count == 1 or count % cfg.log.every == 0 or count == total:
-            print(f"{phase:<7} {count:>5}/{total}  {text}", flush=True)
+            return self.say(line(record))
+        count = step if phase == "warmup" else step - cfg.warmup.steps
+        total = cfg.warmup.steps if phase == "warmup" else cfg.run.steps
+        if self.screen is None and (count in (1, total) or count % cfg.log.every == 0):
+            print(f"{phase:<7} {count:>5}/{total}  {line(record)}", flush=True)

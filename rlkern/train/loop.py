@@ -22,8 +22,10 @@ import transformers
 from torch import Tensor
 
 import rlkern
-from rlkern.rollout import Rollouts, most_contrastive
+from rlkern.rollout import Environment, Rollouts, most_contrastive, turn_rows
+from rlkern.rollout.environment import replies_in
 from rlkern.rollout.strategies import Strategy
+from rlkern.rollout.trees import widest
 from rlkern.train import EngineHang, TrainError
 from rlkern.train import checkpoint as ckpt
 from rlkern.train.batch import TokenBatch, collate, collate_shared, response_logprobs
@@ -41,7 +43,6 @@ from rlkern.train.model import encode_prompt, end_tokens, load_model
 from rlkern.train.precision import RolloutPolicy, mismatch, staleness
 from rlkern.train.rewards import RewardError, judge, load_reward, score
 from rlkern.train.tasks import Example
-from rlkern.train.trees import widest
 
 # what sampling gives: rollouts, the example of each of their prompts, and what it took
 Drawn = tuple[Rollouts, list[Example], dict[str, float]]
@@ -68,8 +69,12 @@ class Trainer:
         self.objective, self.reference = cfg.objective(), None
         self.strategy = cfg.rollout.build_strategy(self.reward_of)
         self.asked: dict[int, Example] = {}  # by Rollouts.prompt_ids
+        baseline = state.get("baseline", [0.0] * cfg.algorithm.agents)  # of each role
+        self.baseline = torch.tensor(baseline, dtype=torch.float64)
         self.worker = ThreadPoolExecutor(1)  # of rollouts that run ahead or have a time limit
         self.reader = copy.deepcopy(self.tokenizer)  # the worker's: fast tokenizers are not shared
+        readers = self.tokenizer, self.reader
+        self.environments = [cfg.rollout.build_environment(reader) for reader in readers]
         # by step: the cursor before its questions, and its rollouts
         self.ahead: dict[int, tuple[int, Callable[[], Drawn] | Future[Drawn]]] = {}
         for step, told in state.get("ahead", {}).items():
@@ -130,6 +135,13 @@ class Trainer:
             shown = self.tokenizer.encode(example.demonstrate(rng), add_special_tokens=False)
             responses.append([*shown, self.end_tokens[0]])
         batch = collate(self.tensors(prompts), self.tensors(responses))
+        if environment := self.environments[0]:
+            environment.tasks = dict(enumerate(examples))
+            size = self.model.config.get_text_config().vocab_size
+            pairs = enumerate(zip(prompts, responses))
+            said = (replies_in(environment, i, *pair, self.end_tokens, size) for i, pair in pairs)
+            trained = [not reply for replies in said for reply in replies]
+            batch = batch.only(torch.tensor(trained, device=self.device))
         logprob = response_logprobs(self.model, batch).logprob
         loss = -logprob.mean()
         loss.backward()
@@ -146,12 +158,13 @@ class Trainer:
         start = time.perf_counter()
         rollouts, rewards, told = self.seen = self.collect()
         sampled = time.perf_counter()
-        kind = cfg.algorithm.advantage
-        advantages = rlkern.group_advantage(rewards, rollouts.group_ids, kind=kind)
+        advantages = self.advantages(rollouts, rewards)
         correct = rewards >= cfg.algorithm.nll_reward
         if cfg.run.null:  # the same numbers, given to other answers: nothing can be learnt
-            order = torch.randperm(len(rewards), generator=self.generator("null")).to(self.device)
-            advantages, correct = advantages[order], correct[order]
+            advantages, correct = (
+                x[torch.randperm(len(x), generator=self.generator("null")).to(self.device)]
+                for x in (advantages, correct)
+            )
         old_logprob, entropy = self.logprobs(self.model, rollouts)
         ref_logprob = None
         if self.objective.needs_reference:
@@ -180,6 +193,22 @@ class Trainer:
             "time/update": time.perf_counter() - scored,
         }
 
+    def advantages(self, rollouts: Rollouts, rewards: Tensor) -> Tensor:
+        """[S], or with credit = turn one of each trained token."""
+        cfg, groups, of_token = self.cfg.algorithm, rollouts.group_ids, None
+        how = {"kind": cfg.advantage}
+        if cfg.credit == "turn":
+            rewards, groups, agents, of_token = turn_rows(rollouts, rewards)
+            how |= {"agent_ids": agents, "num_agents": cfg.agents}
+        if cfg.advantage == "spiral":  # over all questions
+            groups, baseline = torch.zeros_like(groups), self.baseline.to(self.device)
+            how |= {"num_groups": 1, "state": baseline}
+            advantages, baseline = rlkern.group_advantage(rewards, groups, **how)
+            self.baseline = baseline.cpu()
+        else:
+            advantages = rlkern.group_advantage(rewards, groups, **how)
+        return advantages if of_token is None else advantages[of_token]
+
     def collect(self) -> tuple[Rollouts, Tensor, dict[str, float]]:
         """-> rollouts and float32 rewards [S], sampled or replayed; and what sampling took."""
         cfg = self.cfg.rollout
@@ -199,7 +228,8 @@ class Trainer:
         self.ask()
         rollouts, examples, told = self.drawn(self.ahead.pop(self.step)[1])
         samples = self.judged(rollouts, examples, self.cfg.reward_policy)
-        rewards = torch.tensor([sample["reward"] for sample in samples], device=self.device)
+        totals = [sample["reward"] + sum(sample.get("turns", ())) for sample in samples]
+        rewards = torch.tensor(totals, device=self.device)
         if rewards.isnan().any():  # reward_policy = skip
             kept = (~rewards.isnan()).nonzero()[:, 0]
             if not len(kept):
@@ -311,17 +341,21 @@ class Trainer:
         # A sequence of advantage 0 skips the forward where nothing else moves it, and still counts
         # in the denominator.
         skips = objective.idle_without_advantage
-        busy = (advantages != 0).tolist() if skips else [True] * len(lengths)
+        of_tokens = self.cfg.algorithm.credit == "turn"
+        shares = advantages.split(lengths if of_tokens else 1)
+        busy = [not skips or bool(share.any()) for share in shares]
         done, total = self.step - self.cfg.warmup.steps, self.cfg.run.steps
         lr = cfg.lr * schedule(cfg.schedule, done, total, cfg.warmup_steps)
         losses, norms, seen = [], [], defaultdict(list)
+        weights, idle = [rollouts.logprob[:0]], 0
         shuffle = self.generator("minibatch")
         for _ in range(cfg.epochs):
             for chunk in minibatches(rollouts, cfg.updates, cfg.share_prefix, shuffle):
-                picked = [i for i in chunk if busy[i]]
+                picked, count = [i for i in chunk if busy[i]], sum(lengths[i] for i in chunk)
+                idle += count - sum(lengths[i] for i in picked)
                 if not picked:
                     continue
-                counts = {"token-mean": sum(lengths[i] for i in chunk), "token-sum": None}
+                counts = {"token-mean": count, "token-sum": None}
                 size, loss = cfg.micro_batch or len(picked), 0.0
                 for start in range(0, len(picked), size):
                     micro = picked[start : start + size]
@@ -330,7 +364,7 @@ class Trainer:
                     result = rlkern.policy_loss(
                         out.logprob,
                         torch.cat([old[i] for i in micro]),
-                        advantages[micro],
+                        torch.cat([shares[i] for i in micro]),
                         cu_seqlens=batch.cu_seqlens,
                         objective=objective,
                         ref_logprob=None if ref is None else torch.cat([ref[i] for i in micro]),
@@ -339,7 +373,9 @@ class Trainer:
                         nll_weight=correct[micro],
                         normalizer=counts.get(objective.loss_agg_mode, len(chunk)),
                     )
+                    out.logprob.retain_grad()
                     result.loss.backward()
+                    weights.append(out.logprob.grad * -count)
                     loss += result.loss.item()
                     for name, value in result.metrics.items():
                         seen[name].append(value.item())
@@ -347,6 +383,7 @@ class Trainer:
                 watched |= {"the advantages": advantages, "the log-probs": out.logprob}
                 norms.append(self.optimizer_step(lr, watched | {"the loss": torch.tensor(loss)}))
                 losses.append(loss)
+        self.log.gradients(self.step, torch.cat(weights), idle)
         metrics = {"loss": mean(losses), "grad_norm": mean(norms), "lr": lr}
         for name, values in seen.items():
             fold = max if "max" in name else min if "min" in name else mean
@@ -390,6 +427,7 @@ class Trainer:
         strategy.training_step = step
         self.asked |= dict(enumerate(examples, kept))
         how = {"group_size": cfg.group_size * cfg.explore, "strategy": strategy, "step": step}
+        how |= answering(self.environments[1], self.asked)
         try:
             rollouts = self.sample(self.sampler.engine, prompts, "rollout", **how)
         except Exception as error:
@@ -438,6 +476,7 @@ class Trainer:
     def answers(self, group_size: int, greedy: bool = False) -> list[float]:
         """Rewards of held-out questions: of the trainer's policy, which is what a run leaves."""
         how = {"group_size": group_size, "greedy": greedy, "step": self.step}
+        how |= answering(self.environments[0], dict(enumerate(self.heldout)))
         rollouts = self.sample(self.sampler.of_trainer, self.encoded(self.heldout), "eval", **how)
         policy = "fail" if self.cfg.reward_policy == "fail" else "zero"
         return [s["reward"] for s in self.judged(rollouts, self.heldout, policy)]
@@ -491,6 +530,7 @@ class Trainer:
             self.optimizer,
             {
                 "cursor": cursor,
+                "baseline": self.baseline.tolist(),
                 "config": self.cfg.model_dump(),
                 "ahead": {step: told for step, (_, _, told) in drawn.items()},
             },
@@ -532,6 +572,14 @@ class Trainer:
             self.tokenizer.save_pretrained(part)
             part.rename(folder)
         return reference.requires_grad_(False).eval()
+
+
+def answering(environment: Environment | None, tasks: dict[int, Example]) -> dict[str, Any]:
+    """What `generate` is told of an environment, which is told the questions."""
+    if environment is None:
+        return {}
+    environment.tasks = tasks
+    return {"environment": environment}
 
 
 def minibatches(

@@ -23,6 +23,9 @@ class CharTokenizer:
         self.alphabet = alphabet
         self.ids = {character: i for i, character in enumerate(alphabet, 2)}
 
+    def __len__(self) -> int:
+        return len(self.ids) + 2
+
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         if unknown := "".join(sorted(set(text) - set(self.ids))):
             raise TrainError(

@@ -142,13 +142,17 @@ def score(reward: Reward, prompt: Any, completion: str, answer: Any) -> float:
 def judge(
     rollouts: Rollouts, examples: list[Example], tokenizer: Any, reward: Reward, policy: str
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """One {prompt, completion, answer, reward} per sequence; `examples` has one per prompt.
+    """One {prompt, completion, answer, reward} per sequence; `examples` has one per prompt. With an
+    environment also `turns`, their rewards, and where not all was drawn `parts`: [text, drawn].
 
     policy: where there is no reward, "fail" raises, "zero" gives 0 and "skip" gives NaN. These
     errors are returned, too.
     """
     samples, errors = [], []
+    bounds, mask = rollouts.cu_seqlens.tolist(), rollouts.mask
+    forced = mask is not None and not bool(mask.all())
     for group, ids in zip(rollouts.group_ids.tolist(), rollouts.responses(), strict=True):
+        at = slice(*bounds[len(samples) : len(samples) + 2])
         prompt, answer = examples[group].prompt, examples[group].answer
         text = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
         try:
@@ -159,4 +163,12 @@ def judge(
             value = 0.0 if policy == "zero" else math.nan
             errors.append(str(error))
         samples.append({"prompt": prompt, "completion": text, "answer": answer, "reward": value})
+        if rollouts.turn_rewards is not None:
+            paid = rollouts.turn_rewards[at].double().cpu()
+            samples[-1]["turns"] = rollouts.turns[at].cpu().bincount(weights=paid).tolist()
+        if forced:
+            drawn, counts = mask[at].unique_consecutive(return_counts=True)
+            runs = (run.tolist() for run in ids.split(counts.tolist()))
+            texts = (tokenizer.decode(run, skip_special_tokens=True) for run in runs)
+            samples[-1]["parts"] = list(zip(texts, drawn.tolist()))
     return samples, errors

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rlkern.rollout.environment import calculate
+
 ALPHABET = "0123456789=+-*,:"
 
 
@@ -63,7 +65,22 @@ def countdown(rng: random.Random, size: int) -> Example:
     return Example(f"{','.join(numbers)}:{target}=", str(target), demonstrate)
 
 
-TASKS = {f.__name__: f for f in (sort, sort_distinct, addition, countdown)}
+def calculation(rng: random.Random, size: int) -> Example:
+    """`size` distinct digits -> ab*cd of them in order: for a policy with a calculator."""
+    digits = rng.sample("0123456789", size)
+
+    def call(digits: list[str]) -> str:
+        return "".join([*digits[: size // 2], "*", *digits[size // 2 :]])
+
+    def demonstrate(rng: random.Random) -> str:
+        text = call(rng.sample(digits, size))
+        return f"{text}={calculate(text)}"
+
+    answer = str(calculate(call(sorted(digits))))
+    return Example(f"{''.join(digits)}:", answer, demonstrate, math.lgamma(size + 1))
+
+
+TASKS = {f.__name__: f for f in (sort, sort_distinct, addition, countdown, calculation)}
 
 
 def _permuted(question: str, answer: list[str]) -> Example:

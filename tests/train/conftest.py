@@ -52,9 +52,9 @@ def read(path: Path) -> list[dict]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """The records of a run without the seconds, which no two runs share."""
+    """The records of a run without seconds and memory, which no two runs share."""
     return [
-        {k: v for k, v in record.items() if not k.startswith("time/")}
+        {k: v for k, v in record.items() if not k.startswith(("time/", "memory/"))}
         for record in read(folder / "metrics.jsonl")
     ]
 

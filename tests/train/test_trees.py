@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import arguments, metrics
 
+from rlkern.report import read_lines
 from rlkern.rollout import Rollouts
+from rlkern.rollout.trees import forks, widest
 from rlkern.train import TrainError, cli
 from rlkern.train.batch import collate
 from rlkern.train.config import build_config
-from rlkern.train.log import read_lines
 from rlkern.train.loop import signal
-from rlkern.train.trees import forks, widest
 
 
 def tree():

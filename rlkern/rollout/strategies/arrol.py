@@ -32,6 +32,7 @@ class ARRoL(Strategy):
         keep: share of group_size that is left after each of them.
     """
 
+    multi_turn = False  # the branches of a group have equal lengths here
     acts_on_steps = True
     needs_hidden = True
     together = True

@@ -25,6 +25,7 @@ class Strategy:
     # samples of a prompt begin at the same step, though they may be more than max_sequences: where
     # a strategy compares branches, or forks them before all have begun
     together = False
+    multi_turn = True  # no forks inside responses, and an environment may answer
     num_groups: int | None = None  # to return; the others go on in the next call. None: all
     training_step = 0  # for schedules: whoever calls `generate` sets it
 

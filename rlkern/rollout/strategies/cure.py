@@ -30,6 +30,7 @@ class CURE(Strategy):
     Defaults as published, with temperature 1.
     """
 
+    multi_turn = False
     keeps_pages = True
 
     def __init__(

@@ -48,6 +48,7 @@ class DeepSearch(Strategy):
         reward: (number of the prompt, response tokens) -> reward.
     """
 
+    multi_turn = False
     acts_on_steps = True
     together = True
 

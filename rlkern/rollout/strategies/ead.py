@@ -18,6 +18,9 @@ class EAD(Strategy):
     Positions count from the beginning of the response, through forks. Defaults as published.
     """
 
+    # the trainer's temperature goes by places among trained tokens
+    multi_turn = False
+
     def __init__(
         self,
         *,

@@ -41,6 +41,7 @@ class LATR(Strategy):
     scheduler of tau.
     """
 
+    multi_turn = False
     acts_on_steps = True
     together = True
     keeps_root = True

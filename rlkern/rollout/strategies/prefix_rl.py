@@ -26,6 +26,7 @@ class PrefixRL(Strategy):
             Its list was not available: there is no default.
     """
 
+    multi_turn = False
     acts_on_steps = True
     together = True
     keeps_root = True

@@ -26,6 +26,7 @@ class ROSE(Strategy):
     Probabilities are at temperature 1, not normalised over the top_k. Defaults as published.
     """
 
+    multi_turn = False
     acts_on_steps = True
     keeps_pages = True
     keeps_root = True

@@ -35,6 +35,7 @@ class SMC(Strategy):
     weights and its Metropolis-Hastings moves.
     """
 
+    multi_turn = False
     acts_on_steps = True
     together = True
 

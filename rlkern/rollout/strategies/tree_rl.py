@@ -28,6 +28,7 @@ class TreeRL(Strategy):
     are chosen was not available.
     """
 
+    multi_turn = False
     keeps_pages = True
 
     def __init__(
