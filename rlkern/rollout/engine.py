@@ -75,6 +75,29 @@ class Rollouts:
             truncated=self.truncated[rows],
         )
 
+    def to(self, device: torch.device | str) -> "Rollouts":
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rollouts(**{n: None if t is None else t.to(device) for n, t in given.items()})
+
+    @classmethod
+    def joined(cls, parts: list["Rollouts"]) -> "Rollouts":
+        """One after another: each part's prompts, and so its groups, follow those before it."""
+        tokens = groups = 0
+        shifted = []
+        for part in parts:
+            origin = None if part.origin is None else part.origin + tokens
+            shifted.append(replace(part, group_ids=part.group_ids + groups, origin=origin))
+            tokens += len(part.tokens)
+            groups += len(part.prompt_cu_seqlens) - 1
+        whole = {}
+        for name in (f.name for f in fields(cls)):
+            given = [getattr(part, name) for part in shifted]
+            if name.endswith("cu_seqlens"):
+                whole[name] = offsets(torch.cat([t.diff() for t in given]))
+            elif all(t is not None for t in given):
+                whole[name] = torch.cat(given)
+        return cls(**whole)
+
     def save(self, path: str | Path, **extra: Tensor) -> None:
         """Writes one safetensors file; a reader never sees half of it."""
         path = Path(path)

@@ -60,6 +60,12 @@ class Model(Section):
         return self
 
 
+class Lora(Section):
+    rank: Count = 0  # 0: every weight is trained
+    alpha: Rate = 32.0  # what is added to a weight is alpha / rank B A
+    targets: str | list[str] = "all-linear"  # names of linear layers; the head is never one
+
+
 class Data(Section):
     task: Literal["", "sort", "sort_distinct", "addition", "countdown"] = ""
     size: Positive = 5  # digits or numbers in a generated question
@@ -172,6 +178,7 @@ class Optim(Section):
     updates: Positive = 2  # minibatches per rollout batch and epoch
     epochs: Positive = 1
     micro_batch: Count = 0  # sequences per forward; 0: the whole minibatch
+    micro_tokens: Count = 0  # tokens per forward, without padding; 0: by micro_batch
     share_prefix: bool = False  # compute a prompt once for its group; minibatches are whole groups
     beta1: Share = 0.9
     beta2: Share = 0.95
@@ -218,6 +225,7 @@ class Log(Section):
 class Config(Section):
     run: Run = Run()
     model: Model = Model()
+    lora: Lora = Lora()
     data: Data
     # of the linear layers: bf16 leaves model.dtype, *-rollout quantises what samples alone
     precision: Literal["bf16", "fp8-unified", "fp8-rollout", "nvfp4-rollout"] = "bf16"
@@ -247,8 +255,20 @@ class Config(Section):
             )
         if self.trains_on_trees and self.model.attention != "sdpa":
             raise ValueError(
-                f"model.attention = {self.model.attention} goes neither with optim.share_prefix "
-                "nor with precision = fp8-unified: packed trees have their own"
+                f"model.attention = {self.model.attention} goes neither with optim.share_prefix or "
+                "optim.micro_tokens nor with precision = fp8-unified: packed rows have their own"
+            )
+        if self.optim.micro_tokens and self.optim.micro_batch:
+            raise ValueError("optim.micro_tokens and optim.micro_batch: expected one of them")
+        if self.lora.rank and self.precision == "fp8-unified":
+            raise ValueError(
+                "lora.rank does not go with precision = fp8-unified: both stand in "
+                "for the linear layers"
+            )
+        if self.lora.rank and self.warmup.steps and self.algorithm.build().needs_reference:
+            raise ValueError(
+                "lora.rank, warmup.steps and a KL term: the reference is the model "
+                "without its adapters, and so without its warm-up"
             )
         if self.rollout.engine == "vllm" and self.precision != "bf16":
             raise ValueError(
@@ -264,12 +284,14 @@ class Config(Section):
 
     @property
     def trains_on_trees(self) -> bool:
-        """Whether sequences of one prompt go through the model in one packed row."""
-        return self.optim.share_prefix or self.precision == "fp8-unified"
+        """Whether sequences go through the model in one packed row, those of a prompt together."""
+        packed = self.optim.share_prefix or self.optim.micro_tokens > 0
+        return packed or self.precision == "fp8-unified"
 
     @property
     def samples_the_trained_policy(self) -> bool:
         apart = self.precision.endswith("-rollout") or self.rollout.engine == "vllm"
+        apart |= self.lora.rank > 0 and self.model.dtype == "bfloat16"  # merged weights are rounded
         return not (apart or self.rollout.max_staleness)
 
     def objective(self) -> rlkern.PolicyObjective:

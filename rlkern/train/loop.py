@@ -11,7 +11,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,15 @@ from torch import Tensor
 import rlkern
 from rlkern.rollout import Rollouts, most_contrastive
 from rlkern.rollout.strategies import Strategy
-from rlkern.train import EngineHang, TrainError
+from rlkern.train import EngineHang, TrainError, distributed
 from rlkern.train import checkpoint as ckpt
-from rlkern.train.batch import TokenBatch, collate, collate_shared, response_logprobs
+from rlkern.train.batch import (
+    TokenBatch,
+    collate,
+    collate_shared,
+    response_logprobs,
+    token_batches,
+)
 from rlkern.train.config import Config
 from rlkern.train.data import batch_at, load_data
 from rlkern.train.diagnose import (
@@ -36,8 +42,16 @@ from rlkern.train.diagnose import (
     nonfinite,
     out_of_memory,
 )
+from rlkern.train.distributed import whole
 from rlkern.train.log import RunLog
-from rlkern.train.model import encode_prompt, end_tokens, load_model
+from rlkern.train.model import (
+    add_adapters,
+    dense_weights,
+    encode_prompt,
+    end_tokens,
+    load_model,
+    without_adapters,
+)
 from rlkern.train.precision import RolloutPolicy, mismatch, staleness
 from rlkern.train.rewards import RewardError, judge, load_reward, score
 from rlkern.train.tasks import Example
@@ -58,30 +72,42 @@ class Trainer:
         self.reward = load_reward(cfg.reward, cfg.reward_timeout)
         self.train_set, heldout = load_data(cfg)
         self.heldout = heldout[: cfg.eval.max_prompts]
-        self.model, self.tokenizer = load_model(cfg, checkpoint and checkpoint / "model")
+        distributed.check(cfg, len(self.heldout))
+        # adapters stand beside the weights that the run began with
+        found = checkpoint / "model" if checkpoint and not cfg.lora.rank else None
+        self.model, self.tokenizer = load_model(cfg, found)
+        # what samples and is saved: the model, or where that is cut or has adapters a whole copy
+        self.policy, self.policy_is_new = self.model, True
+        if cfg.lora.rank or distributed.size() > 1:
+            self.policy = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if cfg.lora.rank:
+            add_adapters(self.model, cfg, checkpoint and checkpoint / ckpt.ADAPTER)
         self.model.train()
         if cfg.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.device = self.model.device
         self.end_tokens = end_tokens(self.model, self.tokenizer)
-        self.sampler = RolloutPolicy(cfg, self.model, self.end_tokens)
+        self.sampler = RolloutPolicy(cfg, self.policy, self.end_tokens)
+        distributed.shard(self.model)
+        self.policy_is_new = checkpoint is None or not cfg.lora.rank
         self.objective, self.reference = cfg.objective(), None
         self.strategy = cfg.rollout.build_strategy(self.reward_of)
         self.asked: dict[int, Example] = {}  # by Rollouts.prompt_ids
         self.worker = ThreadPoolExecutor(1)  # of rollouts that run ahead or have a time limit
         self.reader = copy.deepcopy(self.tokenizer)  # the worker's: fast tokenizers are not shared
         # by step: the cursor before its questions, and its rollouts
-        self.ahead: dict[int, tuple[int, Callable[[], Drawn] | Future[Drawn]]] = {}
+        self.ahead: dict[int, tuple[int, Callable[[], Drawn] | Future[Drawn] | Drawn]] = {}
         for step, told in state.get("ahead", {}).items():
             rollouts, _ = Rollouts.load(ckpt.rollouts_of(checkpoint, int(step)), self.device)
             at, examples = self.questions(len(rollouts.prompt_cu_seqlens) - 1)
             asked = dict(enumerate(examples))
-            drawn = rollouts, self.answered(rollouts, asked), told
-            self.ahead[int(step)] = at, lambda drawn=drawn: drawn
+            self.ahead[int(step)] = at, (rollouts, self.answered(rollouts, asked), told)
         self.optimizer = self.new_optimizer()
         if checkpoint:
             ckpt.restore_trainer(checkpoint, self.optimizer)
-        self.log = RunLog(run_dir, cfg, self.step if checkpoint else -1)
+        self.log: Any = distributed.Silence()
+        if distributed.rank() == 0:
+            self.log = RunLog(run_dir, cfg, self.step if checkpoint else -1)
         before, now = state.get("config"), cfg.model_dump(mode="json")
         if before and (changed := [k for k in now if now[k] != before.get(k) and k != "run"]):
             self.log.say(f"NOTE resumed with other settings in: {', '.join(changed)}")
@@ -114,6 +140,7 @@ class Trainer:
             last = self.step == cfg.total_steps
             if rl_steps == 0 or last or (rl_steps > 0 and self.due(cfg.eval.every, rl_steps)):
                 self.evaluate()
+            self.stop = any(distributed.everyone(self.stop))
             if self.stop or last or self.due(cfg.checkpoint.every, self.step):
                 self.save()
             if self.stop and not last:
@@ -129,15 +156,18 @@ class Trainer:
         for example in examples:
             shown = self.tokenizer.encode(example.demonstrate(rng), add_special_tokens=False)
             responses.append([*shown, self.end_tokens[0]])
-        batch = collate(self.tensors(prompts), self.tensors(responses))
-        logprob = response_logprobs(self.model, batch).logprob
-        loss = -logprob.mean()
+        own, count = distributed.part(len(examples)), sum(map(len, responses))
+        pairs = [(prompts[i], responses[i]) for i in own]
+        batch = collate(*(self.tensors(lists) for lists in zip(*pairs)))
+        logprob = distributed.call(response_logprobs, self.model, batch).logprob
+        loss = -logprob.sum() / count
         loss.backward()
         lr = cfg.lr * schedule("linear", self.step, cfg.steps, cfg.steps // 10)
         norm = self.optimizer_step(lr, {"the log-probs": logprob})
+        loss = distributed.total(loss.detach())
         metrics = {"loss": loss.item(), "lr": lr, "grad_norm": norm}
         if all(example.nats is not None for example in examples):
-            metrics["loss_floor"] = sum(e.nats for e in examples) / len(logprob)
+            metrics["loss_floor"] = sum(e.nats for e in examples) / count
         return metrics
 
     def rl_step(self) -> dict[str, float]:
@@ -154,7 +184,10 @@ class Trainer:
             advantages, correct = advantages[order], correct[order]
         old_logprob, entropy = self.logprobs(self.model, rollouts)
         ref_logprob = None
-        if self.objective.needs_reference:
+        if self.objective.needs_reference and cfg.lora.rank:
+            with without_adapters(self.model) as reference:
+                ref_logprob = self.logprobs(reference, rollouts)[0]
+        elif self.objective.needs_reference:
             self.reference = self.reference or self.load_reference()
             ref_logprob = self.logprobs(self.reference, rollouts)[0]
         scored = time.perf_counter()
@@ -197,7 +230,8 @@ class Trainer:
                 raise TrainError(f"rollout.replay, step {self.step}: {what}")
             return rollouts, rewards, {}
         self.ask()
-        rollouts, examples, told = self.drawn(self.ahead.pop(self.step)[1])
+        rollouts, examples, told = self.drawn(self.step)
+        del self.ahead[self.step]
         samples = self.judged(rollouts, examples, self.cfg.reward_policy)
         rewards = torch.tensor([sample["reward"] for sample in samples], device=self.device)
         if rewards.isnan().any():  # reward_policy = skip
@@ -212,7 +246,7 @@ class Trainer:
             samples = [samples[i] for i in kept.tolist()]
         self.log.samples(self.step, samples)
         self.log.tree(self.step, widest(rollouts, rewards))
-        if cfg.save:
+        if cfg.save and distributed.rank() == 0:
             rollouts.save(self.run_dir / "rollouts" / name, rewards=rewards)
         return rollouts, rewards, told
 
@@ -227,7 +261,8 @@ class Trainer:
         Step s samples with the weights from before step s - max_staleness, however fast the worker
         is: that, and not the clock, makes a run what it is.
         """
-        cfg, weights = self.cfg.rollout, dict(self.model.named_parameters())
+        self.gather()
+        cfg, weights = self.cfg.rollout, dict(self.policy.named_parameters())
         last = min(self.step + cfg.max_staleness, self.cfg.total_steps)
         todo = [step for step in range(self.step, last + 1) if step not in self.ahead]
         if cfg.max_staleness and todo:
@@ -243,25 +278,65 @@ class Trainer:
                 job = self.worker.submit(job)
             self.ahead[step] = at, job
 
-    def drawn(self, job: Callable[[], Drawn] | Future[Drawn]) -> Drawn:
-        if not isinstance(job, Future):
-            return job()
+    def drawn(self, step: int) -> Drawn:
+        """Of every process, together; this one waits for its own."""
+        at, job = self.ahead[step]
+        if isinstance(job, tuple):
+            return job
         limit = self.cfg.rollout.timeout
         try:
-            return job.result(limit or None)
+            drawn = job.result(limit or None) if isinstance(job, Future) else job()
         except TimeoutError as error:
             what = f"no rollouts within rollout.timeout = {limit:g} s"
-            raise EngineHang(f"step {self.step}: {what}") from error
+            raise EngineHang(f"step {step}: {what}") from error
+        if distributed.size() > 1:
+            rollouts, told = self.together(drawn[0], drawn[2])
+            count = len(rollouts.prompt_cu_seqlens) - 1
+            examples = batch_at(self.train_set, at, count, self.cfg.run.seed)
+            drawn = rollouts, examples, told
+        self.ahead[step] = at, drawn
+        return drawn
+
+    def together(
+        self, rollouts: Rollouts, told: dict[str, float]
+    ) -> tuple[Rollouts, dict[str, float]]:
+        """Those of every process, in the order of the questions; counts add up."""
+        if distributed.size() == 1:
+            return rollouts, told
+        parts, every = zip(*distributed.everyone((rollouts.to("cpu"), told)))
+        counts = ("rollout/computed", "rollout/used")
+        told = {k: sum(t[k] for t in every) / (1 if k in counts else len(every)) for k in told}
+        return Rollouts.joined(list(parts)).to(self.device), told
 
     @torch.no_grad()
     def logprobs(self, model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """-> log-prob and entropy of all trained tokens, in batches of the size of the update's."""
-        sequences = list(range(len(rollouts.group_ids)))
-        size = self.cfg.optim.micro_batch or -(-len(sequences) // self.cfg.optim.updates)
-        outs = []
-        for i in range(0, len(sequences), size):
-            outs.append(self.score(model, self.batch(rollouts, sequences[i : i + size])))
-        return torch.cat([o.logprob for o in outs]), torch.cat([o.entropy for o in outs])
+        lengths = rollouts.trained_lengths.tolist()
+        rows = list(range(len(lengths)))
+        places = torch.arange(sum(lengths), device=self.device).split(lengths)
+        both = torch.zeros(2, sum(lengths), device=self.device)
+        for own in self.micro_batches(rollouts, rows, self.cfg.optim.updates):
+            out = self.score(model, self.batch(rollouts, own or rows[:1]))
+            if own:
+                both[:, torch.cat([places[i] for i in own])] = torch.stack(out[:2])
+        logprob, entropy = distributed.total(both)
+        return logprob, entropy
+
+    def micro_batches(self, rollouts: Rollouts, rows: list[int], parts: int = 1) -> list[list[int]]:
+        """The sequences of each forward that this process makes of these: of a part at most.
+
+        Every process makes as many forwards, for the sake of those that it has a share of a layer
+        in; one without sequences of its own is an empty list.
+        """
+        cfg, ranks = self.cfg.optim, distributed.size()
+        if cfg.micro_tokens:
+            budget = cfg.micro_tokens, ranks, cfg.share_prefix
+            batches = token_batches(rollouts, rows, *budget)
+        else:
+            size = cfg.micro_batch or -(-len(rows) // (parts * ranks))
+            batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+            batches += [[]] * (-len(batches) % ranks)
+        return batches[distributed.rank() :: ranks]
 
     def batch(self, rollouts: Rollouts, rows: list[int]) -> TokenBatch:
         """These sequences as the model reads them."""
@@ -281,7 +356,8 @@ class Trainer:
         if type(self.strategy).temperature is not Strategy.temperature:
             at = self.strategy.temperature(batch.place.cpu().numpy(), temperature)
             temperature = torch.from_numpy(at).to(batch.place.device, torch.float32)
-        return response_logprobs(model, batch, temperature, batch_invariant=unified)
+        how = {"temperature": temperature, "batch_invariant": unified}
+        return distributed.call(response_logprobs, model, batch, **how)
 
     def reward_of(self, number: int, tokens: Tensor) -> float:
         """Of a response to a prompt that this step has asked, for strategies that look at it."""
@@ -322,9 +398,9 @@ class Trainer:
                 if not picked:
                     continue
                 counts = {"token-mean": sum(lengths[i] for i in chunk), "token-sum": None}
-                size, loss = cfg.micro_batch or len(picked), 0.0
-                for start in range(0, len(picked), size):
-                    micro = picked[start : start + size]
+                loss = torch.zeros((), dtype=torch.float64, device=self.device)
+                for own in self.micro_batches(rollouts, picked):
+                    micro = own or picked[:1]
                     batch = self.batch(rollouts, micro)
                     out = self.score(self.model, batch)
                     result = rlkern.policy_loss(
@@ -339,18 +415,20 @@ class Trainer:
                         nll_weight=correct[micro],
                         normalizer=counts.get(objective.loss_agg_mode, len(chunk)),
                     )
-                    result.loss.backward()
-                    loss += result.loss.item()
-                    for name, value in result.metrics.items():
-                        seen[name].append(value.item())
+                    (result.loss if own else 0 * result.loss).backward()
+                    if own:
+                        loss += result.loss.detach()
+                        for name, value in result.metrics.items():
+                            seen[name].append((value.item(), len(out.logprob)))
+                loss = distributed.total(loss)
                 watched = {"the sampler's log-probs": rollouts.logprob, "old_logprob": old_logprob}
                 watched |= {"the advantages": advantages, "the log-probs": out.logprob}
-                norms.append(self.optimizer_step(lr, watched | {"the loss": torch.tensor(loss)}))
-                losses.append(loss)
+                norms.append(self.optimizer_step(lr, watched | {"the loss": loss}))
+                losses.append(loss.item())
         metrics = {"loss": mean(losses), "grad_norm": mean(norms), "lr": lr}
-        for name, values in seen.items():
-            fold = max if "max" in name else min if "min" in name else mean
-            metrics[f"policy/{name}"] = fold(values)
+        parts = distributed.everyone(seen)
+        for name in dict.fromkeys(name for part in parts for name in part):
+            metrics[f"policy/{name}"] = folded(name, [v for part in parts for v in part[name]])
         return metrics
 
     def optimizer_step(self, lr: float, watched: dict[str, Tensor]) -> float:
@@ -358,10 +436,12 @@ class Trainer:
         named = [(n, p) for n, p in self.model.named_parameters() if p.grad is not None]
         clip = self.cfg.optim.grad_clip
         # Clipping by a NaN norm would make every gradient NaN: look at the norm first.
-        norm = torch.nn.utils.get_total_norm([p.grad for _, p in named])
-        if not torch.isfinite(norm) or nonfinite(watched):
-            watched = {f"the weight {n}": p for n, p in named} | watched
-            what = nonfinite(watched | {f"the gradient of {n}": p.grad for n, p in named})
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for _, p in named]))
+        broken = next(filter(None, distributed.everyone(nonfinite(watched))), "")
+        if not torch.isfinite(norm) or broken:
+            weights = ((f"the weight {n}", whole(p)) for n, p in named)
+            gradients = ((f"the gradient of {n}", whole(p.grad)) for n, p in named)
+            what = first_nonfinite(weights) or broken or first_nonfinite(gradients)
             last = ckpt.latest_checkpoint(self.run_dir / "checkpoints")
             raise TrainError(
                 f"step {self.step}: {what or 'the gradient norm overflowed'}. The optimiser step "
@@ -373,7 +453,16 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.policy_is_new = self.policy is self.model
         return norm.item()
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Brings `policy` to the weights of the model, where it is a copy."""
+        if not self.policy_is_new:
+            for name, weight in dense_weights(self.model):
+                self.policy.get_parameter(name).copy_(weight)
+            self.policy_is_new = True
 
     def draw(
         self,
@@ -414,6 +503,10 @@ class Trainer:
     def sample(
         self, engine: Any, prompts: list[list[int]], purpose: str, step: int, **how: Any
     ) -> Rollouts:
+        """This process's part of the prompts."""
+        if distributed.size() > 1:
+            own = distributed.part(len(prompts))
+            prompts, how = prompts[own.start : own.stop], how | {"first": own.start}
         try:
             return engine.generate(
                 prompts,
@@ -429,7 +522,10 @@ class Trainer:
         self, rollouts: Rollouts, examples: list[Example], policy: str
     ) -> list[dict[str, Any]]:
         """{prompt, completion, answer, reward} of each sequence."""
-        samples, errors = judge(rollouts, examples, self.tokenizer, self.reward, policy)
+        own = torch.tensor(distributed.part(len(rollouts.group_ids)), device=self.device)
+        part = rollouts if len(own) == len(rollouts.group_ids) else rollouts.select(own)
+        parts = distributed.everyone(judge(part, examples, self.tokenizer, self.reward, policy))
+        samples, errors = ([x for part in parts for x in part[i]] for i in (0, 1))
         if errors:
             count = f"{len(errors)} of {len(samples)} completions got no reward"
             self.log.say(f"NOTE step {self.step}: {count}: reward_policy = {policy}. {errors[0]}")
@@ -439,12 +535,14 @@ class Trainer:
         """Rewards of held-out questions: of the trainer's policy, which is what a run leaves."""
         how = {"group_size": group_size, "greedy": greedy, "step": self.step}
         rollouts = self.sample(self.sampler.of_trainer, self.encoded(self.heldout), "eval", **how)
+        rollouts = self.together(rollouts, {})[0]
         policy = "fail" if self.cfg.reward_policy == "fail" else "zero"
         return [s["reward"] for s in self.judged(rollouts, self.heldout, policy)]
 
     def evaluate(self) -> None:
         """Held-out accuracy; a completion is right at a reward of 1 or more."""
         start, n = time.perf_counter(), self.cfg.eval.samples
+        self.gather()
         greedy = self.answers(1, greedy=True)
         scores = {"eval/greedy": mean([r >= 1 for r in greedy]), "eval/reward": mean(greedy)}
         if self.cfg.eval.k:
@@ -469,10 +567,11 @@ class Trainer:
     def leave(self, told: str) -> None:
         """Saves a run that has diverged, for a look at it, beside its checkpoints."""
         folder, last = self.run_dir / "diverged", self.run_dir / "checkpoints"
-        shutil.rmtree(folder, ignore_errors=True)
+        if distributed.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            rollouts, rewards, _ = self.seen
+            rollouts.save(folder / "rollouts.safetensors", rewards=rewards)
         self.save("diverged")
-        rollouts, rewards, _ = self.seen
-        rollouts.save(folder / "rollouts.safetensors", rewards=rewards)
         raise TrainError(
             f"step {self.step}: {told}.\n  this state and its rollouts: {folder}\n"
             f"  --resume goes on from: {ckpt.latest_checkpoint(last) or 'the beginning'}"
@@ -480,14 +579,16 @@ class Trainer:
 
     def save(self, where: str = "checkpoints") -> None:
         """With the rollouts of steps ahead, which weights drew that are gone."""
-        drawn = {step: self.drawn(job) for step, (_, job) in self.ahead.items()}
+        self.gather()
+        drawn = {step: self.drawn(step) for step in self.ahead}
         cursor = next((at for at, _ in self.ahead.values()), self.cursor)
         ckpt.save_checkpoint(
             self.run_dir / where,
             self.step,
             self.cfg.checkpoint.keep,
-            self.model,
+            self.policy,
             self.tokenizer,
+            self.model,
             self.optimizer,
             {
                 "cursor": cursor,
@@ -496,6 +597,7 @@ class Trainer:
             },
             {step: rollouts for step, (rollouts, _, _) in drawn.items()},
         )
+        distributed.everyone(None)  # nobody leaves, or goes on, before it is written
 
     def due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
@@ -517,21 +619,24 @@ class Trainer:
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         cfg = self.cfg.optim
-        return torch.optim.AdamW(
-            self.model.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
-        )
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        betas = cfg.beta1, cfg.beta2
+        return torch.optim.AdamW(trained, betas=betas, weight_decay=cfg.weight_decay)
 
     def load_reference(self) -> Any:
         """The policy as RL began, frozen; kept in the run for a resume."""
         folder, part = self.run_dir / "reference", self.run_dir / ".reference"
-        if folder.is_dir():
+        known = distributed.of_first(folder.is_dir)
+        if known:
             reference = load_model(self.cfg, folder)[0]
         else:
-            reference = copy.deepcopy(self.model)
-            self.model.save_pretrained(part)
-            self.tokenizer.save_pretrained(part)
-            part.rename(folder)
-        return reference.requires_grad_(False).eval()
+            reference = copy.deepcopy(self.policy)
+            if distributed.rank() == 0:
+                self.policy.save_pretrained(part)
+                self.tokenizer.save_pretrained(part)
+                part.rename(folder)
+        distributed.shard(reference.requires_grad_(False).eval())
+        return reference
 
 
 def minibatches(
@@ -555,6 +660,17 @@ def signal(rewards: Tensor, group_ids: Tensor) -> float:
         for sign, how in ((1, "amax"), (-1, "amin"))
     )
     return (top > low).float().mean().item()
+
+
+def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    return next(filter(None, (nonfinite({name: tensor}) for name, tensor in tensors)), "")
+
+
+def folded(name: str, values: list[tuple[float, int]]) -> float:
+    """One of a metric's (value, tokens): by its name the largest, the smallest, or the mean."""
+    if "max" in name or "min" in name:
+        return (max if "max" in name else min)(values)[0]
+    return sum(value * tokens for value, tokens in values) / max(1, sum(n for _, n in values))
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
