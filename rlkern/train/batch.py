@@ -4,7 +4,6 @@ s sequences of a (micro-)batch, T their response tokens, t those that are comput
 sequences share is computed once.
 """
 
-import heapq
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,41 +81,6 @@ def along_tree(pack: kv.TreePack, chunk: int | None = None, as_decoded: bool = F
         pack.path_cu_seqlens,
         pack.paths,
     )
-
-
-def token_batches(
-    rollouts: Rollouts, rows: list[int], budget: int, parts: int, whole_groups: bool
-) -> list[list[int]]:
-    """Sequences by tokens: batches of at most `budget`, as even as can be, a multiple of `parts`.
-
-    A sequence counts with its prompt, and may alone be longer than the budget. whole_groups:
-    neighbours of one prompt stay together as far as the budget goes, and count it once. Batches may
-    be empty where there are few sequences.
-    """
-    prompts = rollouts.prompt_cu_seqlens.diff().tolist()
-    lengths, groups = rollouts.lengths.tolist(), rollouts.group_ids.tolist()
-    pieces: list[tuple[int, list[int]]] = []
-    for row in rows:
-        count, last = pieces[-1] if pieces else (0, [])
-        joins = whole_groups and last and groups[last[-1]] == groups[row]
-        if joins and count + lengths[row] <= budget:
-            pieces[-1] = count + lengths[row], [*last, row]
-        else:
-            pieces.append((prompts[groups[row]] + lengths[row], [row]))
-    pieces.sort(key=lambda piece: -piece[0])
-    number = parts
-    while True:  # the longest first, each into the batch that is shortest by then
-        heap = [(0, i) for i in range(number)]
-        batches: list[list[int]] = [[] for _ in heap]
-        fits = True
-        for count, these in pieces:
-            total, i = heapq.heappop(heap)
-            fits &= total == 0 or total + count <= budget
-            heapq.heappush(heap, (total + count, i))
-            batches[i] += these
-        if fits:
-            return batches
-        number += parts
 
 
 def response_logprobs(

@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlkern._ranks import cut_like, rank, whole
 from rlkern.rollout import Rollouts
 from rlkern.train import TrainError
-from rlkern.train.distributed import cut_like, rank, whole
-from rlkern.train.model import adapter_weights, save_adapters
 
 MANIFEST, TRAINER, STATE = "manifest.json", "trainer.safetensors", "state.json"
 ADAPTER = "adapter"
@@ -38,17 +37,18 @@ def save_checkpoint(
     keep: int,
     policy: PreTrainedModel,
     tokenizer: Any,
-    model: PreTrainedModel,
+    adapters: Any,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     ahead: dict[int, Rollouts],
 ) -> None:
     """Writes `folder`/step_<step> and drops all but the last `keep`; a failure drops nothing.
 
-    policy: the whole weights, with adapters merged in; those of `model` are saved beside them.
+    policy: with adapters merged in; they are saved beside it, too, as a folder of peft.
     """
     target, part = folder / f"step_{step:06d}", folder / f".part_{step:06d}"
-    adapters, tensors = _held(adapter_weights(model)), _tensors(optimizer)
+    lora = adapters.named_parameters() if adapters else ()
+    lora, tensors = _held((n, p) for n, p in lora if p.requires_grad), _tensors(optimizer)
     if rank() > 0:
         return
     try:
@@ -60,7 +60,8 @@ def save_checkpoint(
         tokenizer.save_pretrained(part / "model")
         save_file(tensors, part / TRAINER)
         if adapters:
-            save_adapters(model, adapters, part / ADAPTER)
+            how = {"state_dict": lora, "save_embedding_layers": False}
+            adapters.save_pretrained(part / ADAPTER, **how)
         for number, rollouts in ahead.items():
             rollouts.save(rollouts_of(part, number))
         (part / STATE).write_text(json.dumps({"step": step, **state, **_streams()}))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import transformers
 
-from rlkern.train import EngineHang, TrainError, distributed
+from rlkern import _ranks as ranks
+from rlkern.train import EngineHang, TrainError
 from rlkern.train.checkpoint import MANIFEST, check_checkpoint, last_whole, tidy
 from rlkern.train.config import Config, find_recipe, load_config
 from rlkern.train.diagnose import out_of_memory
@@ -31,7 +32,7 @@ FLAGS = ("dry-run", "resume", "null", "help")
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        distributed.start()
+        ranks.start()
         return run(sys.argv[1:] if argv is None else argv)
     except TrainError as error:
         return tell(str(error))
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return tell(f"{error}. Free some space, then use --resume")
     except RuntimeError:
-        if distributed.failed():  # another process, which has told why, has left this one
+        if ranks.failed():  # another process, which has told why, has left this one
             return 2
         raise
     except KeyboardInterrupt:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def tell(error: str) -> int:
     """Prints it, once where several processes end by it."""
-    if distributed.is_first_failure():
+    if ranks.is_first_failure():
         print(f"error: {error}", file=sys.stderr, flush=True)
     return 2
 
@@ -98,9 +99,9 @@ def run(argv: list[str]) -> int:
         return 0
 
     ready = partial(place, cfg, name, origin, checkpoint, args.resume is not None)
-    run_dir, checkpoint = distributed.of_first(ready)
+    run_dir, checkpoint = ranks.of_first(ready)
     trainer = Trainer(cfg, run_dir, checkpoint)
-    main = distributed.rank() == 0
+    main = ranks.rank() == 0
     if main:  # later steps are done again
         tidy(run_dir / "checkpoints", trainer.step, cfg.checkpoint.keep)
         write_whole(run_dir / "config.json", json.dumps(cfg.model_dump(), indent=1))
@@ -109,7 +110,7 @@ def run(argv: list[str]) -> int:
     trainer.log.say(f"run: {run_dir}{resumed}")
 
     def on_signal(*_: Any) -> None:
-        if distributed.failed():  # torchrun ends the others
+        if ranks.failed():  # torchrun ends the others
             sys.exit(2)
         trainer.stop = True
         trainer.log.say("stopping after this step; once more to stop at once, without saving")
@@ -160,8 +161,8 @@ def start_again(error: EngineHang, run_dir: Path, trainer: Trainer) -> None:
     """A new process in place of this one, which goes on from the last checkpoint."""
     trainer.log.close()
     step, known = str(trainer.step), "RLKERN_HUNG_AT"
-    if os.environ.get(known) == step or distributed.size() > 1:
-        again = ", for the second time" if distributed.size() == 1 else ". Use --resume"
+    if os.environ.get(known) == step or ranks.size() > 1:
+        again = ", for the second time" if ranks.size() == 1 else ". Use --resume"
         os._exit(tell(f"{error}{again}"))  # nothing else leaves with the thread still there
     print(f"NOTE {error}: starting again from the last checkpoint", flush=True)
     os.environ[known] = step

@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,12 @@ import transformers
 from torch import Tensor
 
 import rlkern
+from rlkern import _ranks as ranks
 from rlkern.rollout import Rollouts, most_contrastive
 from rlkern.rollout.strategies import Strategy
 from rlkern.train import EngineHang, TrainError, distributed
 from rlkern.train import checkpoint as ckpt
-from rlkern.train.batch import (
-    TokenBatch,
-    collate,
-    collate_shared,
-    response_logprobs,
-    token_batches,
-)
+from rlkern.train.batch import TokenBatch, collate, collate_shared, response_logprobs
 from rlkern.train.config import Config
 from rlkern.train.data import batch_at, load_data
 from rlkern.train.diagnose import (
@@ -42,7 +38,6 @@ from rlkern.train.diagnose import (
     nonfinite,
     out_of_memory,
 )
-from rlkern.train.distributed import whole
 from rlkern.train.log import RunLog
 from rlkern.train.model import (
     add_adapters,
@@ -50,7 +45,6 @@ from rlkern.train.model import (
     encode_prompt,
     end_tokens,
     load_model,
-    without_adapters,
 )
 from rlkern.train.precision import RolloutPolicy, mismatch, staleness
 from rlkern.train.rewards import RewardError, judge, load_reward, score
@@ -77,11 +71,12 @@ class Trainer:
         found = checkpoint / "model" if checkpoint and not cfg.lora.rank else None
         self.model, self.tokenizer = load_model(cfg, found)
         # what samples and is saved: the model, or where that is cut or has adapters a whole copy
-        self.policy, self.policy_is_new = self.model, True
-        if cfg.lora.rank or distributed.size() > 1:
+        self.policy, self.adapters = self.model, None
+        if cfg.lora.rank or ranks.size() > 1:
             self.policy = copy.deepcopy(self.model).requires_grad_(False).eval()
         if cfg.lora.rank:
-            add_adapters(self.model, cfg, checkpoint and checkpoint / ckpt.ADAPTER)
+            saved = checkpoint and checkpoint / ckpt.ADAPTER
+            self.adapters = add_adapters(self.model, cfg, saved)
         self.model.train()
         if cfg.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -89,7 +84,7 @@ class Trainer:
         self.end_tokens = end_tokens(self.model, self.tokenizer)
         self.sampler = RolloutPolicy(cfg, self.policy, self.end_tokens)
         distributed.shard(self.model)
-        self.policy_is_new = checkpoint is None or not cfg.lora.rank
+        self.gather()
         self.objective, self.reference = cfg.objective(), None
         self.strategy = cfg.rollout.build_strategy(self.reward_of)
         self.asked: dict[int, Example] = {}  # by Rollouts.prompt_ids
@@ -100,14 +95,12 @@ class Trainer:
         for step, told in state.get("ahead", {}).items():
             rollouts, _ = Rollouts.load(ckpt.rollouts_of(checkpoint, int(step)), self.device)
             at, examples = self.questions(len(rollouts.prompt_cu_seqlens) - 1)
-            asked = dict(enumerate(examples))
-            self.ahead[int(step)] = at, (rollouts, self.answered(rollouts, asked), told)
+            self.ahead[int(step)] = at, (rollouts, examples, told)
         self.optimizer = self.new_optimizer()
         if checkpoint:
             ckpt.restore_trainer(checkpoint, self.optimizer)
-        self.log: Any = distributed.Silence()
-        if distributed.rank() == 0:
-            self.log = RunLog(run_dir, cfg, self.step if checkpoint else -1)
+        start = self.step if checkpoint else -1
+        self.log = RunLog(run_dir, cfg, start) if ranks.rank() == 0 else distributed.Silence()
         before, now = state.get("config"), cfg.model_dump(mode="json")
         if before and (changed := [k for k in now if now[k] != before.get(k) and k != "run"]):
             self.log.say(f"NOTE resumed with other settings in: {', '.join(changed)}")
@@ -128,6 +121,7 @@ class Trainer:
             phase, metrics = (
                 ("rl", self.rl_step()) if rl_steps > 0 else ("warmup", self.warmup_step())
             )
+            self.gather()
             metrics["time/step"] = time.perf_counter() - start
             if phase == "rl":
                 metrics["time/tokens_per_second"] = (
@@ -140,7 +134,7 @@ class Trainer:
             last = self.step == cfg.total_steps
             if rl_steps == 0 or last or (rl_steps > 0 and self.due(cfg.eval.every, rl_steps)):
                 self.evaluate()
-            self.stop = any(distributed.everyone(self.stop))
+            self.stop = any(ranks.everyone(self.stop))
             if self.stop or last or self.due(cfg.checkpoint.every, self.step):
                 self.save()
             if self.stop and not last:
@@ -156,15 +150,14 @@ class Trainer:
         for example in examples:
             shown = self.tokenizer.encode(example.demonstrate(rng), add_special_tokens=False)
             responses.append([*shown, self.end_tokens[0]])
-        own, count = distributed.part(len(examples)), sum(map(len, responses))
-        pairs = [(prompts[i], responses[i]) for i in own]
-        batch = collate(*(self.tensors(lists) for lists in zip(*pairs)))
+        own, count = ranks.part(len(examples)), sum(map(len, responses))
+        batch = collate(self.tensors(prompts[own]), self.tensors(responses[own]))
         logprob = distributed.call(response_logprobs, self.model, batch).logprob
         loss = -logprob.sum() / count
         loss.backward()
         lr = cfg.lr * schedule("linear", self.step, cfg.steps, cfg.steps // 10)
         norm = self.optimizer_step(lr, {"the log-probs": logprob})
-        loss = distributed.total(loss.detach())
+        loss = ranks.total(loss.detach())
         metrics = {"loss": loss.item(), "lr": lr, "grad_norm": norm}
         if all(example.nats is not None for example in examples):
             metrics["loss_floor"] = sum(e.nats for e in examples) / count
@@ -184,12 +177,10 @@ class Trainer:
             advantages, correct = advantages[order], correct[order]
         old_logprob, entropy = self.logprobs(self.model, rollouts)
         ref_logprob = None
-        if self.objective.needs_reference and cfg.lora.rank:
-            with without_adapters(self.model) as reference:
-                ref_logprob = self.logprobs(reference, rollouts)[0]
-        elif self.objective.needs_reference:
+        if self.objective.needs_reference:
             self.reference = self.reference or self.load_reference()
-            ref_logprob = self.logprobs(self.reference, rollouts)[0]
+            with self.adapters.disable_adapter() if self.adapters else nullcontext():
+                ref_logprob = self.logprobs(self.reference, rollouts)[0]
         scored = time.perf_counter()
         updates = self.update(rollouts, advantages, correct, old_logprob, ref_logprob)
         lengths = rollouts.lengths.float()
@@ -246,7 +237,7 @@ class Trainer:
             samples = [samples[i] for i in kept.tolist()]
         self.log.samples(self.step, samples)
         self.log.tree(self.step, widest(rollouts, rewards))
-        if cfg.save and distributed.rank() == 0:
+        if cfg.save and ranks.rank() == 0:
             rollouts.save(self.run_dir / "rollouts" / name, rewards=rewards)
         return rollouts, rewards, told
 
@@ -261,7 +252,6 @@ class Trainer:
         Step s samples with the weights from before step s - max_staleness, however fast the worker
         is: that, and not the clock, makes a run what it is.
         """
-        self.gather()
         cfg, weights = self.cfg.rollout, dict(self.policy.named_parameters())
         last = min(self.step + cfg.max_staleness, self.cfg.total_steps)
         todo = [step for step in range(self.step, last + 1) if step not in self.ahead]
@@ -279,34 +269,25 @@ class Trainer:
             self.ahead[step] = at, job
 
     def drawn(self, step: int) -> Drawn:
-        """Of every process, together; this one waits for its own."""
+        """Rollouts of all processes; this one waits for its own."""
         at, job = self.ahead[step]
-        if isinstance(job, tuple):
-            return job
-        limit = self.cfg.rollout.timeout
-        try:
-            drawn = job.result(limit or None) if isinstance(job, Future) else job()
-        except TimeoutError as error:
-            what = f"no rollouts within rollout.timeout = {limit:g} s"
-            raise EngineHang(f"step {step}: {what}") from error
-        if distributed.size() > 1:
-            rollouts, told = self.together(drawn[0], drawn[2])
-            count = len(rollouts.prompt_cu_seqlens) - 1
-            examples = batch_at(self.train_set, at, count, self.cfg.run.seed)
-            drawn = rollouts, examples, told
-        self.ahead[step] = at, drawn
-        return drawn
+        if not isinstance(job, tuple):
+            limit = self.cfg.rollout.timeout
+            try:
+                job = job.result(limit or None) if isinstance(job, Future) else job()
+            except TimeoutError as error:
+                what = f"no rollouts within rollout.timeout = {limit:g} s"
+                raise EngineHang(f"step {step}: {what}") from error
+            rollouts, examples, told = job
+            job = self.together(rollouts), examples, averaged(ranks.everyone(told))
+            self.ahead[step] = at, job
+        return job
 
-    def together(
-        self, rollouts: Rollouts, told: dict[str, float]
-    ) -> tuple[Rollouts, dict[str, float]]:
-        """Those of every process, in the order of the questions; counts add up."""
-        if distributed.size() == 1:
-            return rollouts, told
-        parts, every = zip(*distributed.everyone((rollouts.to("cpu"), told)))
-        counts = ("rollout/computed", "rollout/used")
-        told = {k: sum(t[k] for t in every) / (1 if k in counts else len(every)) for k in told}
-        return Rollouts.joined(list(parts)).to(self.device), told
+    def together(self, rollouts: Rollouts) -> Rollouts:
+        """Those of every process, in the order of the questions."""
+        if ranks.size() == 1:
+            return rollouts
+        return Rollouts.joined(ranks.everyone(rollouts.to("cpu"))).to(self.device)
 
     @torch.no_grad()
     def logprobs(self, model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
@@ -319,24 +300,22 @@ class Trainer:
             out = self.score(model, self.batch(rollouts, own or rows[:1]))
             if own:
                 both[:, torch.cat([places[i] for i in own])] = torch.stack(out[:2])
-        logprob, entropy = distributed.total(both)
+        logprob, entropy = ranks.total(both)
         return logprob, entropy
 
     def micro_batches(self, rollouts: Rollouts, rows: list[int], parts: int = 1) -> list[list[int]]:
-        """The sequences of each forward that this process makes of these: of a part at most.
+        """These sequences, in so many parts or more -> those of each forward of this process.
 
-        Every process makes as many forwards, for the sake of those that it has a share of a layer
-        in; one without sequences of its own is an empty list.
+        Each process makes as many: the others need its share of every layer. Some may be empty.
         """
-        cfg, ranks = self.cfg.optim, distributed.size()
+        cfg, n = self.cfg.optim, ranks.size()
         if cfg.micro_tokens:
-            budget = cfg.micro_tokens, ranks, cfg.share_prefix
-            batches = token_batches(rollouts, rows, *budget)
+            batches = rollouts.token_batches(rows, cfg.micro_tokens, n, cfg.share_prefix)
         else:
-            size = cfg.micro_batch or -(-len(rows) // (parts * ranks))
+            size = cfg.micro_batch or -(-len(rows) // (parts * n))
             batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-            batches += [[]] * (-len(batches) % ranks)
-        return batches[distributed.rank() :: ranks]
+            batches += [[]] * (-len(batches) % n)
+        return batches[ranks.rank() :: n]
 
     def batch(self, rollouts: Rollouts, rows: list[int]) -> TokenBatch:
         """These sequences as the model reads them."""
@@ -420,13 +399,13 @@ class Trainer:
                         loss += result.loss.detach()
                         for name, value in result.metrics.items():
                             seen[name].append((value.item(), len(out.logprob)))
-                loss = distributed.total(loss)
+                loss = ranks.total(loss)
                 watched = {"the sampler's log-probs": rollouts.logprob, "old_logprob": old_logprob}
                 watched |= {"the advantages": advantages, "the log-probs": out.logprob}
                 norms.append(self.optimizer_step(lr, watched | {"the loss": loss}))
                 losses.append(loss.item())
         metrics = {"loss": mean(losses), "grad_norm": mean(norms), "lr": lr}
-        parts = distributed.everyone(seen)
+        parts = ranks.everyone(seen)
         for name in dict.fromkeys(name for part in parts for name in part):
             metrics[f"policy/{name}"] = folded(name, [v for part in parts for v in part[name]])
         return metrics
@@ -436,11 +415,11 @@ class Trainer:
         named = [(n, p) for n, p in self.model.named_parameters() if p.grad is not None]
         clip = self.cfg.optim.grad_clip
         # Clipping by a NaN norm would make every gradient NaN: look at the norm first.
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for _, p in named]))
-        broken = next(filter(None, distributed.everyone(nonfinite(watched))), "")
+        norm = ranks.whole(torch.nn.utils.get_total_norm([p.grad for _, p in named]))
+        broken = next(filter(None, ranks.everyone(nonfinite(watched))), "")
         if not torch.isfinite(norm) or broken:
-            weights = ((f"the weight {n}", whole(p)) for n, p in named)
-            gradients = ((f"the gradient of {n}", whole(p.grad)) for n, p in named)
+            weights = ((f"the weight {n}", ranks.whole(p)) for n, p in named)
+            gradients = ((f"the gradient of {n}", ranks.whole(p.grad)) for n, p in named)
             what = first_nonfinite(weights) or broken or first_nonfinite(gradients)
             last = ckpt.latest_checkpoint(self.run_dir / "checkpoints")
             raise TrainError(
@@ -453,16 +432,14 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.policy_is_new = self.policy is self.model
         return norm.item()
 
     @torch.no_grad()
     def gather(self) -> None:
         """Brings `policy` to the weights of the model, where it is a copy."""
-        if not self.policy_is_new:
+        if self.policy is not self.model:
             for name, weight in dense_weights(self.model):
                 self.policy.get_parameter(name).copy_(weight)
-            self.policy_is_new = True
 
     def draw(
         self,
@@ -491,22 +468,17 @@ class Trainer:
                 rollouts = self.sample(self.sampler.engine, prompts, "rollout", **how)
             except Exception as again:
                 raise TrainError(f"{what}, and again after a restart: {again}") from again
-        examples = self.answered(rollouts, self.asked)
+        if strategy.num_groups is not None:  # and so some of earlier steps
+            examples = [self.asked.pop(number) for number in rollouts.prompt_ids.tolist()]
         return rollouts, examples, synced | self.sampler.engine.stats
-
-    def answered(self, rollouts: Rollouts, asked: dict[int, Example]) -> list[Example]:
-        """The example of each prompt, taken from those by number."""
-        ids = rollouts.prompt_ids
-        numbers = range(len(rollouts.prompt_cu_seqlens) - 1) if ids is None else ids.tolist()
-        return [asked.pop(number) for number in numbers]
 
     def sample(
         self, engine: Any, prompts: list[list[int]], purpose: str, step: int, **how: Any
     ) -> Rollouts:
         """This process's part of the prompts."""
-        if distributed.size() > 1:
-            own = distributed.part(len(prompts))
-            prompts, how = prompts[own.start : own.stop], how | {"first": own.start}
+        if ranks.size() > 1:
+            own = ranks.part(len(prompts))
+            prompts, how = prompts[own], how | {"first": own.start}
         try:
             return engine.generate(
                 prompts,
@@ -522,9 +494,10 @@ class Trainer:
         self, rollouts: Rollouts, examples: list[Example], policy: str
     ) -> list[dict[str, Any]]:
         """{prompt, completion, answer, reward} of each sequence."""
-        own = torch.tensor(distributed.part(len(rollouts.group_ids)), device=self.device)
-        part = rollouts if len(own) == len(rollouts.group_ids) else rollouts.select(own)
-        parts = distributed.everyone(judge(part, examples, self.tokenizer, self.reward, policy))
+        count = len(rollouts.group_ids)
+        if ranks.size() > 1:
+            rollouts = rollouts.select(torch.arange(count, device=self.device)[ranks.part(count)])
+        parts = ranks.everyone(judge(rollouts, examples, self.tokenizer, self.reward, policy))
         samples, errors = ([x for part in parts for x in part[i]] for i in (0, 1))
         if errors:
             count = f"{len(errors)} of {len(samples)} completions got no reward"
@@ -535,14 +508,13 @@ class Trainer:
         """Rewards of held-out questions: of the trainer's policy, which is what a run leaves."""
         how = {"group_size": group_size, "greedy": greedy, "step": self.step}
         rollouts = self.sample(self.sampler.of_trainer, self.encoded(self.heldout), "eval", **how)
-        rollouts = self.together(rollouts, {})[0]
+        rollouts = self.together(rollouts)
         policy = "fail" if self.cfg.reward_policy == "fail" else "zero"
         return [s["reward"] for s in self.judged(rollouts, self.heldout, policy)]
 
     def evaluate(self) -> None:
         """Held-out accuracy; a completion is right at a reward of 1 or more."""
         start, n = time.perf_counter(), self.cfg.eval.samples
-        self.gather()
         greedy = self.answers(1, greedy=True)
         scores = {"eval/greedy": mean([r >= 1 for r in greedy]), "eval/reward": mean(greedy)}
         if self.cfg.eval.k:
@@ -567,7 +539,7 @@ class Trainer:
     def leave(self, told: str) -> None:
         """Saves a run that has diverged, for a look at it, beside its checkpoints."""
         folder, last = self.run_dir / "diverged", self.run_dir / "checkpoints"
-        if distributed.rank() == 0:
+        if ranks.rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             rollouts, rewards, _ = self.seen
             rollouts.save(folder / "rollouts.safetensors", rewards=rewards)
@@ -579,7 +551,6 @@ class Trainer:
 
     def save(self, where: str = "checkpoints") -> None:
         """With the rollouts of steps ahead, which weights drew that are gone."""
-        self.gather()
         drawn = {step: self.drawn(step) for step in self.ahead}
         cursor = next((at for at, _ in self.ahead.values()), self.cursor)
         ckpt.save_checkpoint(
@@ -588,7 +559,7 @@ class Trainer:
             self.cfg.checkpoint.keep,
             self.policy,
             self.tokenizer,
-            self.model,
+            self.adapters,
             self.optimizer,
             {
                 "cursor": cursor,
@@ -597,7 +568,7 @@ class Trainer:
             },
             {step: rollouts for step, (rollouts, _, _) in drawn.items()},
         )
-        distributed.everyone(None)  # nobody leaves, or goes on, before it is written
+        ranks.everyone(None)  # nobody leaves, or goes on, before it is written
 
     def due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
@@ -625,18 +596,18 @@ class Trainer:
 
     def load_reference(self) -> Any:
         """The policy as RL began, frozen; kept in the run for a resume."""
+        if self.adapters:  # without them
+            return self.model
         folder, part = self.run_dir / "reference", self.run_dir / ".reference"
-        known = distributed.of_first(folder.is_dir)
-        if known:
+        if ranks.of_first(folder.is_dir):
             reference = load_model(self.cfg, folder)[0]
         else:
             reference = copy.deepcopy(self.policy)
-            if distributed.rank() == 0:
+            if ranks.rank() == 0:
                 self.policy.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
                 part.rename(folder)
-        distributed.shard(reference.requires_grad_(False).eval())
-        return reference
+        return distributed.shard(reference.requires_grad_(False).eval())
 
 
 def minibatches(
@@ -667,10 +638,18 @@ def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def folded(name: str, values: list[tuple[float, int]]) -> float:
-    """One of a metric's (value, tokens): by its name the largest, the smallest, or the mean."""
+    """Of a metric's (value, tokens) what its name says: the largest, smallest, sum or mean."""
     if "max" in name or "min" in name:
         return (max if "max" in name else min)(values)[0]
-    return sum(value * tokens for value, tokens in values) / max(1, sum(n for _, n in values))
+    if name.startswith("num_"):
+        return sum(value for value, _ in values)
+    return sum(value * n for value, n in values) / max(1, sum(n for _, n in values))
+
+
+def averaged(told: list[dict[str, float]]) -> dict[str, float]:
+    """What sampling took in each process; counts of tokens add up."""
+    counts = ("rollout/computed", "rollout/used")
+    return {k: sum(t[k] for t in told) / (1 if k in counts else len(told)) for k in told[0]}
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:

@@ -1,24 +1,20 @@
-"""The model and its tokenizer: from a folder, from the hub, or a small one from the config.
-
-Adapters (LoRA) are put into the model itself, which keeps its class and its forward.
-"""
+"""The model and its tokenizer: from a folder, from the hub, or a small one from the config."""
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
 
+from rlkern._ranks import whole
 from rlkern.kv import hf
 from rlkern.train import TrainError
 from rlkern.train.config import Config
-from rlkern.train.distributed import whole
 from rlkern.train.tasks import ALPHABET
 
 
@@ -76,66 +72,34 @@ def prepared(model: PreTrainedModel, cfg: Config) -> PreTrainedModel:
     return model
 
 
-ADAPTER, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
+def add_adapters(model: PreTrainedModel, cfg: Config, saved: Path | None) -> Any:
+    """Freezes the model and puts LoRA adapters into its layers -> peft's view of it.
 
-
-def add_adapters(model: PreTrainedModel, cfg: Config, folder: Path | None) -> None:
-    """Freezes the model and puts LoRA adapters beside its linear layers; `folder` holds theirs."""
+    The model keeps its class and its forward. saved: the adapters of a checkpoint.
+    """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        import peft
     except ImportError as error:
         raise TrainError("lora.rank needs peft: pip install 'rlkern[lora]'") from error
     torch.manual_seed(cfg.run.seed)
-    model.requires_grad_(False)
-    options = {"r": cfg.lora.rank, "lora_alpha": cfg.lora.alpha}
+    how = {"r": cfg.lora.rank, "lora_alpha": cfg.lora.alpha, "target_modules": cfg.lora.targets}
+    how["task_type"] = "CAUSAL_LM"
     try:
-        config = LoraConfig(**options, target_modules=cfg.lora.targets, task_type="CAUSAL_LM")
-        inject_adapter_in_model(config, model)
+        view = peft.get_peft_model(model, peft.LoraConfig(**how), autocast_adapter_dtype=False)
     except ValueError as error:
         raise TrainError(f"lora.targets: {error}") from error
-    if hasattr(model.get_output_embeddings(), "lora_A"):
-        raise TrainError(
-            "lora.targets: the head cannot have an adapter: log-probs are computed from its one "
-            "weight, without a product of adapters beside it"
-        )
     for name, layer in adapted(model).items():
-        if type(layer.base_layer) is not nn.Linear:
-            raise TrainError(f"lora.targets: {name} is no linear layer")
-    if folder is not None:
-        saved = load_file(folder / ADAPTER)
-        with torch.no_grad():
-            for name, tensor in adapter_weights(model):
-                tensor.copy_(saved[name])
+        if layer is model.get_output_embeddings() or type(layer.base_layer) is not nn.Linear:
+            what = "expected linear layers other than the head, whose log-probs take one weight"
+            raise TrainError(f"lora.targets: {what}; got {name}")
+    if saved is not None:
+        peft.set_peft_model_state_dict(view, load_file(saved / "adapter_model.safetensors"))
+    return view
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
     """Its layers that have an adapter."""
-    return {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
-
-
-def adapter_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """By the names that peft gives them in a file, whole."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            yield PEFT_PREFIX + name.replace(".default.", "."), parameter
-
-
-def save_adapters(model: PreTrainedModel, tensors: dict[str, Tensor], folder: Path) -> None:
-    """As a folder that `PeftModel.from_pretrained` loads."""
-    folder.mkdir()
-    save_file(tensors, folder / ADAPTER)
-    model.peft_config["default"].save_pretrained(folder)
-
-
-@contextmanager
-def without_adapters(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    for layer in adapted(model).values():
-        layer.enable_adapters(False)
-    try:
-        yield model
-    finally:
-        for layer in adapted(model).values():
-            layer.enable_adapters(True)
+    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
 
 
 @torch.no_grad()
