@@ -1,15 +1,19 @@
 """Processes that torchrun has started: who has which part, and what they put together.
 
-In a process that stands alone each function gives back what it gets.
+Each has a part of what there is to do, and of the parameters, gradients and optimiser state of a
+model that is cut among them (FSDP2). In a process that stands alone each function gives back what
+it gets.
 """
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 T = TypeVar("T")
@@ -87,3 +91,28 @@ def cut_like(tensor: Tensor, other: Tensor) -> Tensor:
         return tensor
     where = other.device_mesh, other.placements
     return distribute_tensor(tensor.to(other.device), *where, src_data_rank=None)
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Cuts parameters among the processes: a unit of each layer, and one of the rest."""
+    if size() > 1:
+        mesh = dist.init_device_mesh(model.device.type, (size(),))
+        how = {"mesh": mesh, "mp_policy": fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+        names = getattr(model, "_no_split_modules", None) or ()
+        for module in (*(m for m in model.modules() if type(m).__name__ in names), model):
+            fsdp.fully_shard(module, **how)
+            # sums, not means: losses have the denominators of all processes
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        model.run = MethodType(
+            lambda own, function, *args, **how: function(own, *args, **how), model
+        )
+        fsdp.register_fsdp_forward_method(model, "run")
+    return model
+
+
+def call(function: Callable[..., Any], model: Any, *args: Any, **how: Any) -> Any:
+    """function(model, ...) as a forward of the model, so that it finds the head's weight whole."""
+    if isinstance(model, fsdp.FSDPModule):
+        return model.run(function, *args, **how)
+    return function(model, *args, **how)

@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlkern._ranks import cut_like, rank, whole
 from rlkern.rollout import Rollouts
@@ -32,23 +31,17 @@ ADAPTER = "adapter"
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    keep: int,
-    policy: PreTrainedModel,
-    tokenizer: Any,
-    adapters: Any,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    ahead: dict[int, Rollouts],
+    folder: Path, run: Any, state: dict[str, Any], ahead: dict[int, Rollouts]
 ) -> None:
-    """Writes `folder`/step_<step> and drops all but the last `keep`; a failure drops nothing.
+    """Writes `folder`/step_<step> and drops older ones than asked for; a failure drops nothing.
 
-    policy: with adapters merged in; they are saved beside it, too, as a folder of peft.
+    run: the Trainer. Its policy has the adapters merged in; they are saved beside it, too, as peft
+    does.
     """
+    step, adapters = run.step, run.adapters
     target, part = folder / f"step_{step:06d}", folder / f".part_{step:06d}"
     lora = adapters.named_parameters() if adapters else ()
-    lora, tensors = _held((n, p) for n, p in lora if p.requires_grad), _tensors(optimizer)
+    lora, tensors = _held((n, p) for n, p in lora if p.requires_grad), _tensors(run.optimizer)
     if rank() > 0:
         return
     try:
@@ -56,10 +49,10 @@ def save_checkpoint(
         for leftover in folder.glob(".part_*"):  # of a run that was killed while writing
             shutil.rmtree(leftover)
         part.mkdir()
-        policy.save_pretrained(part / "model")
-        tokenizer.save_pretrained(part / "model")
+        run.policy.save_pretrained(part / "model")
+        run.tokenizer.save_pretrained(part / "model")
         save_file(tensors, part / TRAINER)
-        if adapters:
+        if lora:
             how = {"state_dict": lora, "save_embedding_layers": False}
             adapters.save_pretrained(part / ADAPTER, **how)
         for number, rollouts in ahead.items():
@@ -80,7 +73,7 @@ def save_checkpoint(
             f"the checkpoint of step {step} could not be written to {folder}: {error}\n"
             f"  last good checkpoint: {last or 'none'}. Free some space, then use --resume"
         ) from error
-    tidy(folder, step, keep)
+    tidy(folder, step, run.cfg.checkpoint.keep)
 
 
 def tidy(folder: Path, step: int, keep: int) -> None:

@@ -17,6 +17,12 @@ from rlkern.train import TrainError, load_function
 
 RECIPES = Path(__file__).parent / "recipes"
 
+ALONE = {  # what several processes cannot do, and why
+    "fp8-unified": "its layers keep the codes of weights that are whole",
+    "vllm": "it makes a process group of its own",
+    "april": "its groups go on in the process that began them",
+}
+
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -302,6 +308,18 @@ class Config(Section):
             return objective
         options = {"rollout_is": "token", "rollout_is_threshold": 2.0} | self.algorithm.options
         return rlkern.PolicyObjective.preset(self.algorithm.objective, **options)
+
+    def check_processes(self, count: int, heldout: int) -> None:
+        """Refuses what several processes cannot do."""
+        for name in (self.precision, self.rollout.engine, self.rollout.strategy):
+            if count > 1 and name in ALONE:
+                raise TrainError(f"{name} does not go with {count} processes: {ALONE[name]}")
+        least = min(self.rollout.prompts, self.warmup.batch_size, heldout)
+        if least < count:
+            raise TrainError(
+                f"expected rollout.prompts, warmup.batch_size and held-out questions for each of "
+                f"{count} processes, got {least}"
+            )
 
     @property
     def total_steps(self) -> int:

@@ -26,26 +26,14 @@ import rlkern
 from rlkern import _ranks as ranks
 from rlkern.rollout import Rollouts, most_contrastive
 from rlkern.rollout.strategies import Strategy
-from rlkern.train import EngineHang, TrainError, distributed
+from rlkern.rollout.weights import dense_weights
+from rlkern.train import EngineHang, TrainError, diagnose
 from rlkern.train import checkpoint as ckpt
 from rlkern.train.batch import TokenBatch, collate, collate_shared, response_logprobs
 from rlkern.train.config import Config
 from rlkern.train.data import batch_at, load_data
-from rlkern.train.diagnose import (
-    diagnose_step,
-    diagnose_warmup,
-    diverged,
-    nonfinite,
-    out_of_memory,
-)
 from rlkern.train.log import RunLog
-from rlkern.train.model import (
-    add_adapters,
-    dense_weights,
-    encode_prompt,
-    end_tokens,
-    load_model,
-)
+from rlkern.train.model import add_adapters, encode_prompt, end_tokens, load_model
 from rlkern.train.precision import RolloutPolicy, mismatch, staleness
 from rlkern.train.rewards import RewardError, judge, load_reward, score
 from rlkern.train.tasks import Example
@@ -66,7 +54,7 @@ class Trainer:
         self.reward = load_reward(cfg.reward, cfg.reward_timeout)
         self.train_set, heldout = load_data(cfg)
         self.heldout = heldout[: cfg.eval.max_prompts]
-        distributed.check(cfg, len(self.heldout))
+        cfg.check_processes(ranks.size(), len(self.heldout))
         # adapters stand beside the weights that the run began with
         found = checkpoint / "model" if checkpoint and not cfg.lora.rank else None
         self.model, self.tokenizer = load_model(cfg, found)
@@ -83,7 +71,7 @@ class Trainer:
         self.device = self.model.device
         self.end_tokens = end_tokens(self.model, self.tokenizer)
         self.sampler = RolloutPolicy(cfg, self.policy, self.end_tokens)
-        distributed.shard(self.model)
+        ranks.shard(self.model)
         self.gather()
         self.objective, self.reference = cfg.objective(), None
         self.strategy = cfg.rollout.build_strategy(self.reward_of)
@@ -100,7 +88,7 @@ class Trainer:
         if checkpoint:
             ckpt.restore_trainer(checkpoint, self.optimizer)
         start = self.step if checkpoint else -1
-        self.log = RunLog(run_dir, cfg, start) if ranks.rank() == 0 else distributed.Silence()
+        self.log = RunLog(run_dir, cfg, start) if ranks.rank() == 0 else Silence()
         before, now = state.get("config"), cfg.model_dump(mode="json")
         if before and (changed := [k for k in now if now[k] != before.get(k) and k != "run"]):
             self.log.say(f"NOTE resumed with other settings in: {', '.join(changed)}")
@@ -129,7 +117,7 @@ class Trainer:
                 )
             self.log.metrics({"step": self.step, "phase": phase, **metrics})
             self.advise(phase, metrics)
-            if phase == "rl" and (told := diverged(metrics, cfg)):
+            if phase == "rl" and (told := diagnose.diverged(metrics, cfg)):
                 self.leave(told)
             last = self.step == cfg.total_steps
             if rl_steps == 0 or last or (rl_steps > 0 and self.due(cfg.eval.every, rl_steps)):
@@ -152,7 +140,7 @@ class Trainer:
             responses.append([*shown, self.end_tokens[0]])
         own, count = ranks.part(len(examples)), sum(map(len, responses))
         batch = collate(self.tensors(prompts[own]), self.tensors(responses[own]))
-        logprob = distributed.call(response_logprobs, self.model, batch).logprob
+        logprob = ranks.call(response_logprobs, self.model, batch).logprob
         loss = -logprob.sum() / count
         loss.backward()
         lr = cfg.lr * schedule("linear", self.step, cfg.steps, cfg.steps // 10)
@@ -336,7 +324,7 @@ class Trainer:
             at = self.strategy.temperature(batch.place.cpu().numpy(), temperature)
             temperature = torch.from_numpy(at).to(batch.place.device, torch.float32)
         how = {"temperature": temperature, "batch_invariant": unified}
-        return distributed.call(response_logprobs, model, batch, **how)
+        return ranks.call(response_logprobs, model, batch, **how)
 
     def reward_of(self, number: int, tokens: Tensor) -> float:
         """Of a response to a prompt that this step has asked, for strategies that look at it."""
@@ -416,7 +404,7 @@ class Trainer:
         clip = self.cfg.optim.grad_clip
         # Clipping by a NaN norm would make every gradient NaN: look at the norm first.
         norm = ranks.whole(torch.nn.utils.get_total_norm([p.grad for _, p in named]))
-        broken = next(filter(None, ranks.everyone(nonfinite(watched))), "")
+        broken = next(filter(None, ranks.everyone(diagnose.nonfinite(watched))), "")
         if not torch.isfinite(norm) or broken:
             weights = ((f"the weight {n}", ranks.whole(p)) for n, p in named)
             gradients = ((f"the gradient of {n}", ranks.whole(p.grad)) for n, p in named)
@@ -459,7 +447,7 @@ class Trainer:
         try:
             rollouts = self.sample(self.sampler.engine, prompts, "rollout", **how)
         except Exception as error:
-            if isinstance(error, TrainError) or out_of_memory(error, self.cfg):
+            if isinstance(error, TrainError) or diagnose.out_of_memory(error, self.cfg):
                 raise
             what = f"step {step}: the engine failed with {type(error).__name__}: {error}"
             self.log.say(f"NOTE {what}. It begins this step again, with the same random numbers")
@@ -529,9 +517,9 @@ class Trainer:
         """Says what stands in the way of learning, once until it goes away."""
         found = {}
         if phase == "rl":
-            found = diagnose_step(metrics, self.cfg)
+            found = diagnose.diagnose_step(metrics, self.cfg)
         elif self.step == self.cfg.warmup.steps:
-            found = diagnose_warmup(metrics["loss"], metrics.get("loss_floor"), self.cfg)
+            found = diagnose.diagnose_warmup(metrics["loss"], metrics.get("loss_floor"), self.cfg)
         for name in found.keys() - self.told:
             self.log.say(f"NOTE step {self.step}: {found[name]}")
         self.told = set(found)
@@ -553,21 +541,10 @@ class Trainer:
         """With the rollouts of steps ahead, which weights drew that are gone."""
         drawn = {step: self.drawn(step) for step in self.ahead}
         cursor = next((at for at, _ in self.ahead.values()), self.cursor)
-        ckpt.save_checkpoint(
-            self.run_dir / where,
-            self.step,
-            self.cfg.checkpoint.keep,
-            self.policy,
-            self.tokenizer,
-            self.adapters,
-            self.optimizer,
-            {
-                "cursor": cursor,
-                "config": self.cfg.model_dump(),
-                "ahead": {step: told for step, (_, _, told) in drawn.items()},
-            },
-            {step: rollouts for step, (rollouts, _, _) in drawn.items()},
-        )
+        state = {"cursor": cursor, "config": self.cfg.model_dump()}
+        state["ahead"] = {step: told for step, (_, _, told) in drawn.items()}
+        ahead = {step: rollouts for step, (rollouts, _, _) in drawn.items()}
+        ckpt.save_checkpoint(self.run_dir / where, self, state, ahead)
         ranks.everyone(None)  # nobody leaves, or goes on, before it is written
 
     def due(self, every: int, step: int) -> bool:
@@ -607,7 +584,14 @@ class Trainer:
                 self.policy.save_pretrained(part)
                 self.tokenizer.save_pretrained(part)
                 part.rename(folder)
-        return distributed.shard(reference.requires_grad_(False).eval())
+        return ranks.shard(reference.requires_grad_(False).eval())
+
+
+class Silence:
+    """The log of a process that is not the first."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args: None
 
 
 def minibatches(
@@ -634,7 +618,7 @@ def signal(rewards: Tensor, group_ids: Tensor) -> float:
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    return next(filter(None, (nonfinite({name: tensor}) for name, tensor in tensors)), "")
+    return next(filter(None, (diagnose.nonfinite({name: tensor}) for name, tensor in tensors)), "")
 
 
 def folded(name: str, values: list[tuple[float, int]]) -> float:

@@ -1,18 +1,16 @@
 """The model and its tokenizer: from a folder, from the hub, or a small one from the config."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
 
-from rlkern._ranks import whole
 from rlkern.kv import hf
+from rlkern.rollout.weights import adapted
 from rlkern.train import TrainError
 from rlkern.train.config import Config
 from rlkern.train.tasks import ALPHABET
@@ -95,27 +93,6 @@ def add_adapters(model: PreTrainedModel, cfg: Config, saved: Path | None) -> Any
     if saved is not None:
         peft.set_peft_model_state_dict(view, load_file(saved / "adapter_model.safetensors"))
     return view
-
-
-def adapted(model: nn.Module) -> dict[str, Any]:
-    """Its layers that have an adapter."""
-    return {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
-
-
-@torch.no_grad()
-def dense_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every weight as if there were neither processes nor adapters: whole, and those merged in."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
-    layers = adapted(model)
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            continue
-        weight, layer = whole(parameter), layers.get(name.removesuffix(".base_layer.weight"))
-        if layer is not None:
-            a, b = (whole(x["default"].weight).float() for x in (layer.lora_A, layer.lora_B))
-            weight = torch.addmm(weight.float(), b, a, alpha=layer.scaling["default"])
-        yield name.replace(".base_layer.", "."), weight
 
 
 def small_config(cfg: Config) -> Qwen3Config:
