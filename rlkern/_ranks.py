@@ -30,7 +30,9 @@ def start() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    store, number, count = next(iter(dist.rendezvous("env://")))
+    met, number, count = next(iter(dist.rendezvous("env://")))
+    # torchrun may keep its store, and in it the addresses of those who have died, when it restarts
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), met)
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
 
 
