@@ -37,11 +37,11 @@ def start() -> None:
 
 
 def rank() -> int:
-    return dist.get_rank() if store else 0
+    return 0 if store is None else dist.get_rank()
 
 
 def size() -> int:
-    return dist.get_world_size() if store else 1
+    return 1 if store is None else dist.get_world_size()
 
 
 def failed() -> bool:

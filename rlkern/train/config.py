@@ -267,15 +267,9 @@ class Config(Section):
         if self.optim.micro_tokens and self.optim.micro_batch:
             raise ValueError("optim.micro_tokens and optim.micro_batch: expected one of them")
         if self.lora.rank and self.precision == "fp8-unified":
-            raise ValueError(
-                "lora.rank does not go with precision = fp8-unified: both stand in "
-                "for the linear layers"
-            )
+            raise ValueError("lora.rank and precision = fp8-unified both replace the linear layers")
         if self.lora.rank and self.warmup.steps and self.algorithm.build().needs_reference:
-            raise ValueError(
-                "lora.rank, warmup.steps and a KL term: the reference is the model "
-                "without its adapters, and so without its warm-up"
-            )
+            raise ValueError("lora.rank: the reference of a KL term would lack the warm-up")
         if self.rollout.engine == "vllm" and self.precision != "bf16":
             raise ValueError(
                 f"rollout.engine = 'vllm' does not go with precision = {self.precision}: its codes "

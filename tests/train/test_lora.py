@@ -84,8 +84,8 @@ def test_dense_weights_make_the_same_function(run):
         ({"lora.targets": '["lm_head"]'}, "linear layers other than the head, .* got lm_head"),
         ({"lora.targets": '["embed_tokens"]'}, "got model.embed_tokens"),
         ({"lora.targets": '["nope"]'}, "lora.targets: Target modules .*nope.* not found"),
-        ({"precision": "fp8-unified"}, "lora.rank does not go with precision = fp8-unified"),
-        ({"algorithm.options.kl_coef": "0.1"}, "and so without its warm-up"),
+        ({"precision": "fp8-unified"}, "both replace the linear layers"),
+        ({"algorithm.options.kl_coef": "0.1"}, "reference of a KL term would lack the warm-up"),
     ],
 )
 def test_what_is_refused(run, changes, told):
