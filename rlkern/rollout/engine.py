@@ -3,6 +3,7 @@
 P prompts, G samples of each, S = P * G sequences, T response tokens of all sequences together.
 """
 
+import heapq
 import os
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -81,6 +82,62 @@ class Rollouts:
             group_ids=self.group_ids[rows],
             truncated=self.truncated[rows],
         )
+
+    def token_batches(
+        self, rows: list[int], budget: int, parts: int = 1, whole_groups: bool = False
+    ) -> list[list[int]]:
+        """Cuts sequences into batches of at most `budget` tokens, a multiple of `parts` of them.
+
+        They are as even as can be: the longest sequence first, each into the batch that is
+        shortest by then. A sequence counts with its prompt, and may alone be longer than the
+        budget. whole_groups: neighbours of one prompt stay together as far as the budget goes, and
+        count it once. Batches are empty where there are too few sequences.
+        """
+        prompts = self.prompt_cu_seqlens.diff().tolist()
+        lengths, groups = self.lengths.tolist(), self.group_ids.tolist()
+        pieces: list[tuple[int, list[int]]] = []
+        for row in rows:
+            count, before = pieces[-1] if pieces else (0, [])
+            joins = whole_groups and before and groups[before[-1]] == groups[row]
+            if joins and count + lengths[row] <= budget:
+                pieces[-1] = count + lengths[row], [*before, row]
+            else:
+                pieces.append((prompts[groups[row]] + lengths[row], [row]))
+        pieces.sort(key=lambda piece: -piece[0])
+        number, fits = 0, False
+        while not fits:
+            number, fits = number + parts, True
+            heap = [(0, i) for i in range(number)]
+            batches: list[list[int]] = [[] for _ in heap]
+            for count, these in pieces:
+                held, i = heapq.heappop(heap)
+                fits &= held == 0 or held + count <= budget
+                heapq.heappush(heap, (held + count, i))
+                batches[i] += these
+        return batches
+
+    def to(self, device: torch.device | str) -> "Rollouts":
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rollouts(**{n: None if t is None else t.to(device) for n, t in given.items()})
+
+    @classmethod
+    def joined(cls, parts: list["Rollouts"]) -> "Rollouts":
+        """One after another: each part's prompts, and so its groups, follow those before it."""
+        tokens = groups = 0
+        shifted = []
+        for part in parts:
+            origin = None if part.origin is None else part.origin + tokens
+            shifted.append(replace(part, group_ids=part.group_ids + groups, origin=origin))
+            tokens += len(part.tokens)
+            groups += len(part.prompt_cu_seqlens) - 1
+        whole = {}
+        for name in (f.name for f in fields(cls)):
+            given = [getattr(part, name) for part in shifted]
+            if name.endswith("cu_seqlens"):
+                whole[name] = offsets(torch.cat([t.diff() for t in given]))
+            elif all(t is not None for t in given):
+                whole[name] = torch.cat(given)
+        return cls(**whole)
 
     def save(self, path: str | Path, **extra: Tensor) -> None:
         """Writes one safetensors file; a reader never sees half of it."""

@@ -96,14 +96,17 @@ class NativeEngine:
         strategy: Strategy | None = None,
         environment: Environment | None = None,
         generator: torch.Generator | None = None,
+        first: int = 0,
     ) -> Rollouts:
         """Samples `group_size` completions of every prompt, or what `strategy` makes of that.
 
         `greedy` takes the most likely token and draws nothing. The log-probs are those of the
         distribution that was sampled from: softmax(logits / temperature) in float32, over the
         tokens that top_k, top_p and min_p leave (see `rlkern.sample_tokens`). The same generator
-        state gives the same bits; a draw depends on that state, on the sample's number within its
-        group and on its position, not on max_sequences or on what is sampled beside it.
+        state gives the same bits; a draw depends on that state, on the prompt's number, on the
+        sample's number within its group and on its position, not on max_sequences or on what is
+        sampled beside it. `first` is the number of the first prompt: calls for parts of a list
+        draw what one call for all of it draws.
 
         `environment` answers turns, see `rlkern.rollout.environment`; max_new_tokens counts its
         replies, too. A sequence that it does not end is truncated.
@@ -147,7 +150,7 @@ class NativeEngine:
         self.decoder = Decoder(self.model, need, direct=self.direct, exact=exact)
         run = Run(self, strategy, max_new_tokens, temperature, sampling, seed, environment)
         try:
-            rollouts = run.all(prompts)
+            rollouts = run.all(prompts, first)
             self.stats = run.stats(rollouts)
             return rollouts
         finally:

@@ -86,12 +86,12 @@ class Run:
         self.ended: list[Ended] = []
         self.fed, self.read, self.paths = 0, 0, torch.zeros((), dtype=torch.int64)
 
-    def all(self, prompts: list[list[int]]) -> Rollouts:
+    def all(self, prompts: list[list[int]], first: int = 0) -> Rollouts:
         """Decodes until every group has ended, or the strategy has enough of them."""
         strategy = self.strategy
         kept, self.engine.kept = self.engine.kept, Kept()
         goes_on = kept.groups or kept.ended or strategy.num_groups is not None
-        first = kept.count if goes_on else 0
+        first = kept.count if goes_on else first
         self.ended = kept.ended
         for group, rows in kept.groups:
             if group.begun:

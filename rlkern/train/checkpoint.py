@@ -2,7 +2,8 @@
 
 One is written to a hidden folder, synced, listed with sizes and CRCs in `manifest.json`, and
 renamed into place. Its `model/` is an ordinary Hugging Face folder, good for `model.path`. Tensors
-are safetensors and the rest is JSON: loading one runs no code.
+are safetensors and the rest is JSON: loading one runs no code. Every tensor is whole, however many
+processes share it: the first one gathers and writes them, and each cuts its part where it loads.
 """
 
 import json
@@ -11,6 +12,7 @@ import random
 import shutil
 import zlib
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +21,40 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from rlkern._ranks import cut_like, rank, whole
 from rlkern.rollout import Rollouts
 from rlkern.train import TrainError
 
 MANIFEST, TRAINER, STATE = "manifest.json", "trainer.safetensors", "state.json"
+ADAPTER = "adapter"
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    keep: int,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    ahead: dict[int, Rollouts],
+    folder: Path, run: Any, state: dict[str, Any], ahead: dict[int, Rollouts]
 ) -> None:
-    """Writes `folder`/step_<step> and drops all but the last `keep`; a failure drops nothing."""
+    """Writes `folder`/step_<step> and drops older ones than asked for; a failure drops nothing.
+
+    run: the Trainer. Its policy has the adapters merged in; they are saved beside it, too, as peft
+    does.
+    """
+    step, adapters = run.step, run.adapters
     target, part = folder / f"step_{step:06d}", folder / f".part_{step:06d}"
+    lora = adapters.named_parameters() if adapters else ()
+    lora, tensors = _held((n, p) for n, p in lora if p.requires_grad), _tensors(run.optimizer)
+    if rank() > 0:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".part_*"):  # of a run that was killed while writing
             shutil.rmtree(leftover)
         part.mkdir()
-        model.save_pretrained(part / "model")
-        tokenizer.save_pretrained(part / "model")
-        save_file(_tensors(optimizer), part / TRAINER)
+        run.policy.save_pretrained(part / "model")
+        run.tokenizer.save_pretrained(part / "model")
+        save_file(tensors, part / TRAINER)
+        if lora:
+            how = {"state_dict": lora, "save_embedding_layers": False}
+            adapters.save_pretrained(part / ADAPTER, **how)
         for number, rollouts in ahead.items():
             rollouts.save(rollouts_of(part, number))
         (part / STATE).write_text(json.dumps({"step": step, **state, **_streams()}))
@@ -65,7 +73,7 @@ def save_checkpoint(
             f"the checkpoint of step {step} could not be written to {folder}: {error}\n"
             f"  last good checkpoint: {last or 'none'}. Free some space, then use --resume"
         ) from error
-    tidy(folder, step, keep)
+    tidy(folder, step, run.cfg.checkpoint.keep)
 
 
 def tidy(folder: Path, step: int, keep: int) -> None:
@@ -124,10 +132,13 @@ def restore_trainer(path: Path, optimizer: torch.optim.Optimizer) -> None:
     states = {int(number): state for number, state in tensors.items()}
     # the settings are those of this run
     groups = optimizer.state_dict()["param_groups"]
+    parameters = optimizer.param_groups[0]["params"]
+    for number, state in states.items():
+        state |= {name: cut_like(tensor, parameters[number]) for name, tensor in state.items()}
     optimizer.load_state_dict({"state": states, "param_groups": groups})
     torch.set_rng_state(first)
     if others and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(others)
+        torch.cuda.set_rng_state(others[0])
     streams = read_state(path)
     version, words, gauss = streams["python"]
     random.setstate((version, tuple(words), gauss))
@@ -145,13 +156,23 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """<parameter>/<name> of the optimiser, rng/<device> of torch's random streams."""
+    """<parameter>/<name> of the optimiser, rng/<number> of torch's random streams."""
     states = optimizer.state_dict()["state"]
-    tensors = {f"{i}/{name}": t for i, state in states.items() for name, t in state.items()}
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    streams = [torch.get_rng_state(), *cuda]
-    tensors |= {f"rng/{number:03d}": stream for number, stream in enumerate(streams)}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = _held((f"{i}/{name}", t) for i, state in states.items() for name, t in state.items())
+    streams = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        streams.append(torch.cuda.get_rng_state())
+    return tensors | {f"rng/{number:03d}": stream for number, stream in enumerate(streams)}
+
+
+def _held(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """In the first process all of them, whole and off the device; in the others none."""
+    held = {}
+    for name, tensor in tensors:
+        tensor = whole(tensor)  # every process takes part
+        if rank() == 0:
+            held[name] = tensor.detach().cpu().contiguous()
+    return held
 
 
 def _streams() -> dict[str, Any]:

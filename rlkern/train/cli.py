@@ -10,12 +10,14 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from rlkern import _ranks as ranks
 from rlkern.report import ReportError, read_lines, report
 from rlkern.rollout.environment import ReplyError
 from rlkern.train import EngineHang, TrainError
@@ -31,18 +33,28 @@ FLAGS = ("dry-run", "resume", "null", "help")
 
 def main(argv: list[str] | None = None) -> int:
     try:
+        ranks.start()
         return run(sys.argv[1:] if argv is None else argv)
     except (TrainError, ReportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        print(f"error: {error}. Free some space, then use --resume", file=sys.stderr)
-        return 2
+        return tell(f"{error}. Free some space, then use --resume")
+    except RuntimeError:
+        if ranks.failed():  # another process, which has told why, has left this one
+            return 2
+        raise
     except KeyboardInterrupt:
         print("stopped without saving", file=sys.stderr)
         return 130
+
+
+def tell(error: str) -> int:
+    """Prints it, once where several processes end by it."""
+    if ranks.is_first_failure():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
 
 
 def run(argv: list[str]) -> int:
@@ -87,27 +99,20 @@ def run(argv: list[str]) -> int:
         print(describe(cfg, load_model(cfg)[0]))
         return 0
 
-    run_dir = origin or choose_folder(cfg, name, args.resume is not None)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
-    elif args.resume is not None:
-        checkpoint, ailing = last_whole(run_dir / "checkpoints")
-        for told in ailing:
-            print(f"NOTE {told}")
-        if checkpoint is None:
-            print(f"no checkpoint in {run_dir} yet: starting from the beginning")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps(cfg.model_dump(), indent=1)
-    if checkpoint is None:
-        write_whole(run_dir / "config.json", settings)  # from here on --resume finds a run
+    ready = partial(place, cfg, name, origin, checkpoint, args.resume is not None)
+    run_dir, checkpoint = ranks.of_first(ready)
     trainer = Trainer(cfg, run_dir, checkpoint)
-    tidy(run_dir / "checkpoints", trainer.step, cfg.checkpoint.keep)  # later steps are done again
-    write_whole(run_dir / "config.json", settings)
-    trainer.log.say(describe(cfg, trainer.model))
+    main = ranks.rank() == 0
+    if main:  # later steps are done again
+        tidy(run_dir / "checkpoints", trainer.step, cfg.checkpoint.keep)
+        write_whole(run_dir / "config.json", json.dumps(cfg.model_dump(), indent=1))
+    trainer.log.say(describe(cfg, trainer.policy))
     resumed = f", resumed at step {trainer.step}" if checkpoint else ""
     trainer.log.say(f"run: {run_dir}{resumed}")
 
     def on_signal(*_: Any) -> None:
+        if ranks.failed():  # torchrun ends the others
+            sys.exit(2)
         trainer.stop = True
         trainer.log.say("stopping after this step; once more to stop at once, without saving")
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -129,18 +134,39 @@ def run(argv: list[str]) -> int:
         trainer.worker.shutdown(cancel_futures=True)
         trainer.log.close()
     if not complete:
-        print(f"saved at step {trainer.step}; go on: python -m rlkern.train --resume {run_dir}")
+        trainer.log.say(
+            f"saved at step {trainer.step}; go on: python -m rlkern.train --resume {run_dir}"
+        )
         return 130
-    return finish(cfg, run_dir)
+    return finish(cfg, run_dir) if main else 0
+
+
+def place(
+    cfg: Config, name: str, origin: Path | None, checkpoint: Path | None, resume: bool
+) -> tuple[Path, Path | None]:
+    """-> the folder of the run, made ready, and the checkpoint that it goes on from."""
+    run_dir = origin or choose_folder(cfg, name, resume)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    elif resume:
+        checkpoint, ailing = last_whole(run_dir / "checkpoints")
+        for told in ailing:
+            print(f"NOTE {told}")
+        if checkpoint is None:
+            print(f"no checkpoint in {run_dir} yet: starting from the beginning")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:  # from here on --resume finds a run
+        write_whole(run_dir / "config.json", json.dumps(cfg.model_dump(), indent=1))
+    return run_dir, checkpoint
 
 
 def start_again(error: EngineHang, run_dir: Path, trainer: Trainer) -> None:
     """A new process in place of this one, which goes on from the last checkpoint."""
     trainer.log.close()
     step, known = str(trainer.step), "RLKERN_HUNG_AT"
-    if os.environ.get(known) == step:
-        print(f"error: {error}, for the second time", file=sys.stderr, flush=True)
-        os._exit(2)  # nothing else leaves with the thread still there
+    if os.environ.get(known) == step or ranks.size() > 1:
+        again = ", for the second time" if ranks.size() == 1 else ". Use --resume"
+        os._exit(tell(f"{error}{again}"))  # nothing else leaves with the thread still there
     print(f"NOTE {error}: starting again from the last checkpoint", flush=True)
     os.environ[known] = step
     os.execv(sys.executable, [sys.executable, "-m", "rlkern.train", "--resume", str(run_dir)])

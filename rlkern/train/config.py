@@ -18,6 +18,12 @@ from rlkern.train import TrainError, load_function
 
 RECIPES = Path(__file__).parent / "recipes"
 
+ALONE = {  # what several processes cannot do, and why
+    "fp8-unified": "its layers keep the codes of weights that are whole",
+    "vllm": "it makes a process group of its own",
+    "april": "its groups go on in the process that began them",
+}
+
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -59,6 +65,12 @@ class Model(Section):
                 f"hidden_size must divide by heads, and heads by kv_heads; got {shape}"
             )
         return self
+
+
+class Lora(Section):
+    rank: Count = 0  # 0: every weight is trained
+    alpha: Rate = 32.0  # what is added to a weight is alpha / rank B A
+    targets: str | list[str] = "all-linear"  # names of linear layers; the head is never one
 
 
 class Data(Section):
@@ -194,6 +206,7 @@ class Optim(Section):
     updates: Positive = 2  # minibatches per rollout batch and epoch
     epochs: Positive = 1
     micro_batch: Count = 0  # sequences per forward; 0: the whole minibatch
+    micro_tokens: Count = 0  # tokens per forward, without padding; 0: by micro_batch
     share_prefix: bool = False  # compute a prompt once for its group; minibatches are whole groups
     beta1: Share = 0.9
     beta2: Share = 0.95
@@ -241,6 +254,7 @@ class Log(Section):
 class Config(Section):
     run: Run = Run()
     model: Model = Model()
+    lora: Lora = Lora()
     data: Data
     # of the linear layers: bf16 leaves model.dtype, *-rollout quantises what samples alone
     precision: Literal["bf16", "fp8-unified", "fp8-rollout", "nvfp4-rollout"] = "bf16"
@@ -274,9 +288,15 @@ class Config(Section):
             )
         if self.trains_on_trees and self.model.attention != "sdpa":
             raise ValueError(
-                f"model.attention = {self.model.attention} goes neither with optim.share_prefix "
-                "nor with precision = fp8-unified: packed trees have their own"
+                f"model.attention = {self.model.attention} goes neither with optim.share_prefix or "
+                "optim.micro_tokens nor with precision = fp8-unified: packed rows have their own"
             )
+        if self.optim.micro_tokens and self.optim.micro_batch:
+            raise ValueError("optim.micro_tokens and optim.micro_batch: expected one of them")
+        if self.lora.rank and self.precision == "fp8-unified":
+            raise ValueError("lora.rank and precision = fp8-unified both replace the linear layers")
+        if self.lora.rank and self.warmup.steps and self.algorithm.build().needs_reference:
+            raise ValueError("lora.rank: the reference of a KL term would lack the warm-up")
         if self.rollout.engine != "native" and self.precision != "bf16":
             raise ValueError(
                 f"rollout.engine = {self.rollout.engine!r} does not go with precision = "
@@ -292,12 +312,14 @@ class Config(Section):
 
     @property
     def trains_on_trees(self) -> bool:
-        """Whether sequences of one prompt go through the model in one packed row."""
-        return self.optim.share_prefix or self.precision == "fp8-unified"
+        """Whether sequences go through the model in one packed row, those of a prompt together."""
+        packed = self.optim.share_prefix or self.optim.micro_tokens > 0
+        return packed or self.precision == "fp8-unified"
 
     @property
     def samples_the_trained_policy(self) -> bool:
         apart = self.precision.endswith("-rollout") or self.rollout.engine != "native"
+        apart |= self.lora.rank > 0 and self.model.dtype == "bfloat16"  # merged weights are rounded
         return not (apart or self.rollout.max_staleness)
 
     def objective(self) -> rlkern.PolicyObjective:
@@ -308,6 +330,18 @@ class Config(Section):
             return objective
         options = {"rollout_is": "token", "rollout_is_threshold": 2.0} | self.algorithm.options
         return rlkern.PolicyObjective.preset(self.algorithm.objective, **options)
+
+    def check_processes(self, count: int, heldout: int) -> None:
+        """Refuses what several processes cannot do."""
+        for name in (self.precision, self.rollout.engine, self.rollout.strategy):
+            if count > 1 and name in ALONE:
+                raise TrainError(f"{name} does not go with {count} processes: {ALONE[name]}")
+        least = min(self.rollout.prompts, self.warmup.batch_size, heldout)
+        if least < count:
+            raise TrainError(
+                f"expected rollout.prompts, warmup.batch_size and held-out questions for each of "
+                f"{count} processes, got {least}"
+            )
 
     @property
     def total_steps(self) -> int:

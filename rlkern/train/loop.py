@@ -11,8 +11,9 @@ import random
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,24 +23,19 @@ import transformers
 from torch import Tensor
 
 import rlkern
+from rlkern import _ranks as ranks
 from rlkern.rollout import Environment, Rollouts, most_contrastive, turn_rows
 from rlkern.rollout.environment import replies_in
 from rlkern.rollout.strategies import Strategy
 from rlkern.rollout.trees import widest
-from rlkern.train import EngineHang, TrainError
+from rlkern.rollout.weights import dense_weights
+from rlkern.train import EngineHang, TrainError, diagnose
 from rlkern.train import checkpoint as ckpt
 from rlkern.train.batch import TokenBatch, collate, collate_shared, response_logprobs
 from rlkern.train.config import Config
 from rlkern.train.data import batch_at, load_data
-from rlkern.train.diagnose import (
-    diagnose_step,
-    diagnose_warmup,
-    diverged,
-    nonfinite,
-    out_of_memory,
-)
 from rlkern.train.log import RunLog
-from rlkern.train.model import encode_prompt, end_tokens, load_model
+from rlkern.train.model import add_adapters, encode_prompt, end_tokens, load_model
 from rlkern.train.precision import RolloutPolicy, mismatch, staleness
 from rlkern.train.rewards import RewardError, judge, load_reward, score
 from rlkern.train.tasks import Example
@@ -59,13 +55,25 @@ class Trainer:
         self.reward = load_reward(cfg.reward, cfg.reward_timeout)
         self.train_set, heldout = load_data(cfg)
         self.heldout = heldout[: cfg.eval.max_prompts]
-        self.model, self.tokenizer = load_model(cfg, checkpoint and checkpoint / "model")
+        cfg.check_processes(ranks.size(), len(self.heldout))
+        # adapters stand beside the weights that the run began with
+        found = checkpoint / "model" if checkpoint and not cfg.lora.rank else None
+        self.model, self.tokenizer = load_model(cfg, found)
+        # what samples and is saved: the model, or where that is cut or has adapters a whole copy
+        self.policy, self.adapters = self.model, None
+        if cfg.lora.rank or ranks.size() > 1:
+            self.policy = copy.deepcopy(self.model).requires_grad_(False).eval()
+        if cfg.lora.rank:
+            saved = checkpoint and checkpoint / ckpt.ADAPTER
+            self.adapters = add_adapters(self.model, cfg, saved)
         self.model.train()
         if cfg.model.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.device = self.model.device
         self.end_tokens = end_tokens(self.model, self.tokenizer)
-        self.sampler = RolloutPolicy(cfg, self.model, self.end_tokens)
+        self.sampler = RolloutPolicy(cfg, self.policy, self.end_tokens)
+        ranks.shard(self.model)
+        self.gather()
         self.objective, self.reference = cfg.objective(), None
         self.strategy = cfg.rollout.build_strategy(self.reward_of)
         self.asked: dict[int, Example] = {}  # by Rollouts.prompt_ids
@@ -76,17 +84,16 @@ class Trainer:
         readers = self.tokenizer, self.reader
         self.environments = [cfg.rollout.build_environment(reader) for reader in readers]
         # by step: the cursor before its questions, and its rollouts
-        self.ahead: dict[int, tuple[int, Callable[[], Drawn] | Future[Drawn]]] = {}
+        self.ahead: dict[int, tuple[int, Callable[[], Drawn] | Future[Drawn] | Drawn]] = {}
         for step, told in state.get("ahead", {}).items():
             rollouts, _ = Rollouts.load(ckpt.rollouts_of(checkpoint, int(step)), self.device)
             at, examples = self.questions(len(rollouts.prompt_cu_seqlens) - 1)
-            asked = dict(enumerate(examples))
-            drawn = rollouts, self.answered(rollouts, asked), told
-            self.ahead[int(step)] = at, lambda drawn=drawn: drawn
+            self.ahead[int(step)] = at, (rollouts, examples, told)
         self.optimizer = self.new_optimizer()
         if checkpoint:
             ckpt.restore_trainer(checkpoint, self.optimizer)
-        self.log = RunLog(run_dir, cfg, self.step if checkpoint else -1)
+        start = self.step if checkpoint else -1
+        self.log = RunLog(run_dir, cfg, start) if ranks.rank() == 0 else Silence()
         before, now = state.get("config"), cfg.model_dump(mode="json")
         if before and (changed := [k for k in now if now[k] != before.get(k) and k != "run"]):
             self.log.say(f"NOTE resumed with other settings in: {', '.join(changed)}")
@@ -107,6 +114,7 @@ class Trainer:
             phase, metrics = (
                 ("rl", self.rl_step()) if rl_steps > 0 else ("warmup", self.warmup_step())
             )
+            self.gather()
             metrics["time/step"] = time.perf_counter() - start
             if phase == "rl":
                 metrics["time/tokens_per_second"] = (
@@ -114,11 +122,12 @@ class Trainer:
                 )
             self.log.metrics({"step": self.step, "phase": phase, **metrics})
             self.advise(phase, metrics)
-            if phase == "rl" and (told := diverged(metrics, cfg)):
+            if phase == "rl" and (told := diagnose.diverged(metrics, cfg)):
                 self.leave(told)
             last = self.step == cfg.total_steps
             if rl_steps == 0 or last or (rl_steps > 0 and self.due(cfg.eval.every, rl_steps)):
                 self.evaluate()
+            self.stop = any(ranks.everyone(self.stop))
             if self.stop or last or self.due(cfg.checkpoint.every, self.step):
                 self.save()
             if self.stop and not last:
@@ -134,22 +143,26 @@ class Trainer:
         for example in examples:
             shown = self.tokenizer.encode(example.demonstrate(rng), add_special_tokens=False)
             responses.append([*shown, self.end_tokens[0]])
-        batch = collate(self.tensors(prompts), self.tensors(responses))
+        trained = [[True] * len(response) for response in responses]
         if environment := self.environments[0]:
             environment.tasks = dict(enumerate(examples))
             size = self.model.config.get_text_config().vocab_size
-            pairs = enumerate(zip(prompts, responses))
-            said = (replies_in(environment, i, *pair, self.end_tokens, size) for i, pair in pairs)
-            trained = [not reply for replies in said for reply in replies]
-            batch = batch.only(torch.tensor(trained, device=self.device))
-        logprob = response_logprobs(self.model, batch).logprob
-        loss = -logprob.mean()
+            for i, pair in enumerate(zip(prompts, responses)):
+                said = replies_in(environment, i, *pair, self.end_tokens, size)
+                trained[i] = [not reply for reply in said]
+        own, count = ranks.part(len(examples)), sum(map(sum, trained))
+        batch = collate(self.tensors(prompts[own]), self.tensors(responses[own]))
+        mask = torch.tensor([token for one in trained[own] for token in one], device=self.device)
+        batch = batch if mask.all() else batch.only(mask)
+        logprob = ranks.call(response_logprobs, self.model, batch).logprob
+        loss = -logprob.sum() / count
         loss.backward()
         lr = cfg.lr * schedule("linear", self.step, cfg.steps, cfg.steps // 10)
         norm = self.optimizer_step(lr, {"the log-probs": logprob})
+        loss = ranks.total(loss.detach())
         metrics = {"loss": loss.item(), "lr": lr, "grad_norm": norm}
         if all(example.nats is not None for example in examples):
-            metrics["loss_floor"] = sum(e.nats for e in examples) / len(logprob)
+            metrics["loss_floor"] = sum(e.nats for e in examples) / count
         return metrics
 
     def rl_step(self) -> dict[str, float]:
@@ -169,7 +182,8 @@ class Trainer:
         ref_logprob = None
         if self.objective.needs_reference:
             self.reference = self.reference or self.load_reference()
-            ref_logprob = self.logprobs(self.reference, rollouts)[0]
+            with self.adapters.disable_adapter() if self.adapters else nullcontext():
+                ref_logprob = self.logprobs(self.reference, rollouts)[0]
         scored = time.perf_counter()
         updates = self.update(rollouts, advantages, correct, old_logprob, ref_logprob)
         lengths = rollouts.lengths.float()
@@ -226,7 +240,8 @@ class Trainer:
                 raise TrainError(f"rollout.replay, step {self.step}: {what}")
             return rollouts, rewards, {}
         self.ask()
-        rollouts, examples, told = self.drawn(self.ahead.pop(self.step)[1])
+        rollouts, examples, told = self.drawn(self.step)
+        del self.ahead[self.step]
         samples = self.judged(rollouts, examples, self.cfg.reward_policy)
         totals = [sample["reward"] + sum(sample.get("turns", ())) for sample in samples]
         rewards = torch.tensor(totals, device=self.device)
@@ -242,7 +257,7 @@ class Trainer:
             samples = [samples[i] for i in kept.tolist()]
         self.log.samples(self.step, samples)
         self.log.tree(self.step, widest(rollouts, rewards))
-        if cfg.save:
+        if cfg.save and ranks.rank() == 0:
             rollouts.save(self.run_dir / "rollouts" / name, rewards=rewards)
         return rollouts, rewards, told
 
@@ -257,7 +272,7 @@ class Trainer:
         Step s samples with the weights from before step s - max_staleness, however fast the worker
         is: that, and not the clock, makes a run what it is.
         """
-        cfg, weights = self.cfg.rollout, dict(self.model.named_parameters())
+        cfg, weights = self.cfg.rollout, dict(self.policy.named_parameters())
         last = min(self.step + cfg.max_staleness, self.cfg.total_steps)
         todo = [step for step in range(self.step, last + 1) if step not in self.ahead]
         if cfg.max_staleness and todo:
@@ -273,25 +288,54 @@ class Trainer:
                 job = self.worker.submit(job)
             self.ahead[step] = at, job
 
-    def drawn(self, job: Callable[[], Drawn] | Future[Drawn]) -> Drawn:
-        if not isinstance(job, Future):
-            return job()
-        limit = self.cfg.rollout.timeout
-        try:
-            return job.result(limit or None)
-        except TimeoutError as error:
-            what = f"no rollouts within rollout.timeout = {limit:g} s"
-            raise EngineHang(f"step {self.step}: {what}") from error
+    def drawn(self, step: int) -> Drawn:
+        """Rollouts of all processes; this one waits for its own."""
+        at, job = self.ahead[step]
+        if not isinstance(job, tuple):
+            limit = self.cfg.rollout.timeout
+            try:
+                job = job.result(limit or None) if isinstance(job, Future) else job()
+            except TimeoutError as error:
+                what = f"no rollouts within rollout.timeout = {limit:g} s"
+                raise EngineHang(f"step {step}: {what}") from error
+            rollouts, examples, told = job
+            job = self.together(rollouts), examples, averaged(ranks.everyone(told))
+            self.ahead[step] = at, job
+        return job
+
+    def together(self, rollouts: Rollouts) -> Rollouts:
+        """Those of every process, in the order of the questions."""
+        if ranks.size() == 1:
+            return rollouts
+        return Rollouts.joined(ranks.everyone(rollouts.to("cpu"))).to(self.device)
 
     @torch.no_grad()
     def logprobs(self, model: Any, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         """-> log-prob and entropy of all trained tokens, in batches of the size of the update's."""
-        sequences = list(range(len(rollouts.group_ids)))
-        size = self.cfg.optim.micro_batch or -(-len(sequences) // self.cfg.optim.updates)
-        outs = []
-        for i in range(0, len(sequences), size):
-            outs.append(self.score(model, self.batch(rollouts, sequences[i : i + size])))
-        return torch.cat([o.logprob for o in outs]), torch.cat([o.entropy for o in outs])
+        lengths = rollouts.trained_lengths.tolist()
+        rows = list(range(len(lengths)))
+        places = torch.arange(sum(lengths), device=self.device).split(lengths)
+        both = torch.zeros(2, sum(lengths), device=self.device)
+        for own in self.micro_batches(rollouts, rows, self.cfg.optim.updates):
+            out = self.score(model, self.batch(rollouts, own or rows[:1]))
+            if own:
+                both[:, torch.cat([places[i] for i in own])] = torch.stack(out[:2])
+        logprob, entropy = ranks.total(both)
+        return logprob, entropy
+
+    def micro_batches(self, rollouts: Rollouts, rows: list[int], parts: int = 1) -> list[list[int]]:
+        """These sequences, in so many parts or more -> those of each forward of this process.
+
+        Each process makes as many: the others need its share of every layer. Some may be empty.
+        """
+        cfg, n = self.cfg.optim, ranks.size()
+        if cfg.micro_tokens:
+            batches = rollouts.token_batches(rows, cfg.micro_tokens, n, cfg.share_prefix)
+        else:
+            size = cfg.micro_batch or -(-len(rows) // (parts * n))
+            batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+            batches += [[]] * (-len(batches) % n)
+        return batches[ranks.rank() :: n]
 
     def batch(self, rollouts: Rollouts, rows: list[int]) -> TokenBatch:
         """These sequences as the model reads them."""
@@ -311,7 +355,8 @@ class Trainer:
         if type(self.strategy).temperature is not Strategy.temperature:
             at = self.strategy.temperature(batch.place.cpu().numpy(), temperature)
             temperature = torch.from_numpy(at).to(batch.place.device, torch.float32)
-        return response_logprobs(model, batch, temperature, batch_invariant=unified)
+        how = {"temperature": temperature, "batch_invariant": unified}
+        return ranks.call(response_logprobs, model, batch, **how)
 
     def reward_of(self, number: int, tokens: Tensor) -> float:
         """Of a response to a prompt that this step has asked, for strategies that look at it."""
@@ -347,7 +392,7 @@ class Trainer:
         done, total = self.step - self.cfg.warmup.steps, self.cfg.run.steps
         lr = cfg.lr * schedule(cfg.schedule, done, total, cfg.warmup_steps)
         losses, norms, seen = [], [], defaultdict(list)
-        weights, idle = [rollouts.logprob[:0]], 0
+        weights, idle = [rollouts.logprob[:0].cpu()], 0
         shuffle = self.generator("minibatch")
         for _ in range(cfg.epochs):
             for chunk in minibatches(rollouts, cfg.updates, cfg.share_prefix, shuffle):
@@ -356,9 +401,9 @@ class Trainer:
                 if not picked:
                     continue
                 counts = {"token-mean": count, "token-sum": None}
-                size, loss = cfg.micro_batch or len(picked), 0.0
-                for start in range(0, len(picked), size):
-                    micro = picked[start : start + size]
+                loss = torch.zeros((), dtype=torch.float64, device=self.device)
+                for own in self.micro_batches(rollouts, picked):
+                    micro = own or picked[:1]
                     batch = self.batch(rollouts, micro)
                     out = self.score(self.model, batch)
                     result = rlkern.policy_loss(
@@ -374,20 +419,22 @@ class Trainer:
                         normalizer=counts.get(objective.loss_agg_mode, len(chunk)),
                     )
                     out.logprob.retain_grad()
-                    result.loss.backward()
-                    weights.append(out.logprob.grad * -count)
-                    loss += result.loss.item()
-                    for name, value in result.metrics.items():
-                        seen[name].append(value.item())
+                    (result.loss if own else 0 * result.loss).backward()
+                    if own:
+                        weights.append(out.logprob.grad.cpu() * -count)
+                        loss += result.loss.detach()
+                        for name, value in result.metrics.items():
+                            seen[name].append((value.item(), len(out.logprob)))
+                loss = ranks.total(loss)
                 watched = {"the sampler's log-probs": rollouts.logprob, "old_logprob": old_logprob}
                 watched |= {"the advantages": advantages, "the log-probs": out.logprob}
-                norms.append(self.optimizer_step(lr, watched | {"the loss": torch.tensor(loss)}))
-                losses.append(loss)
-        self.log.gradients(self.step, torch.cat(weights), idle)
+                norms.append(self.optimizer_step(lr, watched | {"the loss": loss}))
+                losses.append(loss.item())
+        self.log.gradients(self.step, torch.cat(ranks.everyone(torch.cat(weights))), idle)
         metrics = {"loss": mean(losses), "grad_norm": mean(norms), "lr": lr}
-        for name, values in seen.items():
-            fold = max if "max" in name else min if "min" in name else mean
-            metrics[f"policy/{name}"] = fold(values)
+        parts = ranks.everyone(seen)
+        for name in dict.fromkeys(name for part in parts for name in part):
+            metrics[f"policy/{name}"] = folded(name, [v for part in parts for v in part[name]])
         return metrics
 
     def optimizer_step(self, lr: float, watched: dict[str, Tensor]) -> float:
@@ -395,10 +442,12 @@ class Trainer:
         named = [(n, p) for n, p in self.model.named_parameters() if p.grad is not None]
         clip = self.cfg.optim.grad_clip
         # Clipping by a NaN norm would make every gradient NaN: look at the norm first.
-        norm = torch.nn.utils.get_total_norm([p.grad for _, p in named])
-        if not torch.isfinite(norm) or nonfinite(watched):
-            watched = {f"the weight {n}": p for n, p in named} | watched
-            what = nonfinite(watched | {f"the gradient of {n}": p.grad for n, p in named})
+        norm = ranks.whole(torch.nn.utils.get_total_norm([p.grad for _, p in named]))
+        broken = next(filter(None, ranks.everyone(diagnose.nonfinite(watched))), "")
+        if not torch.isfinite(norm) or broken:
+            weights = ((f"the weight {n}", ranks.whole(p)) for n, p in named)
+            gradients = ((f"the gradient of {n}", ranks.whole(p.grad)) for n, p in named)
+            what = first_nonfinite(weights) or broken or first_nonfinite(gradients)
             last = ckpt.latest_checkpoint(self.run_dir / "checkpoints")
             raise TrainError(
                 f"step {self.step}: {what or 'the gradient norm overflowed'}. The optimiser step "
@@ -411,6 +460,13 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm.item()
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Brings `policy` to the weights of the model, where it is a copy."""
+        if self.policy is not self.model:
+            for name, weight in dense_weights(self.model):
+                self.policy.get_parameter(name).copy_(weight)
 
     def draw(
         self,
@@ -431,7 +487,7 @@ class Trainer:
         try:
             rollouts = self.sample(self.sampler.engine, prompts, "rollout", **how)
         except Exception as error:
-            if isinstance(error, TrainError) or out_of_memory(error, self.cfg):
+            if isinstance(error, TrainError) or diagnose.out_of_memory(error, self.cfg):
                 raise
             what = f"step {step}: the engine failed with {type(error).__name__}: {error}"
             self.log.say(f"NOTE {what}. It begins this step again, with the same random numbers")
@@ -440,18 +496,17 @@ class Trainer:
                 rollouts = self.sample(self.sampler.engine, prompts, "rollout", **how)
             except Exception as again:
                 raise TrainError(f"{what}, and again after a restart: {again}") from again
-        examples = self.answered(rollouts, self.asked)
+        if strategy.num_groups is not None:  # and so some of earlier steps
+            examples = [self.asked.pop(number) for number in rollouts.prompt_ids.tolist()]
         return rollouts, examples, synced | self.sampler.engine.stats
-
-    def answered(self, rollouts: Rollouts, asked: dict[int, Example]) -> list[Example]:
-        """The example of each prompt, taken from those by number."""
-        ids = rollouts.prompt_ids
-        numbers = range(len(rollouts.prompt_cu_seqlens) - 1) if ids is None else ids.tolist()
-        return [asked.pop(number) for number in numbers]
 
     def sample(
         self, engine: Any, prompts: list[list[int]], purpose: str, step: int, **how: Any
     ) -> Rollouts:
+        """This process's part of the prompts."""
+        if ranks.size() > 1:
+            own = ranks.part(len(prompts))
+            prompts, how = prompts[own], how | {"first": own.start}
         try:
             return engine.generate(
                 prompts,
@@ -467,7 +522,11 @@ class Trainer:
         self, rollouts: Rollouts, examples: list[Example], policy: str
     ) -> list[dict[str, Any]]:
         """{prompt, completion, answer, reward} of each sequence."""
-        samples, errors = judge(rollouts, examples, self.tokenizer, self.reward, policy)
+        count = len(rollouts.group_ids)
+        if ranks.size() > 1:
+            rollouts = rollouts.select(torch.arange(count, device=self.device)[ranks.part(count)])
+        parts = ranks.everyone(judge(rollouts, examples, self.tokenizer, self.reward, policy))
+        samples, errors = ([x for part in parts for x in part[i]] for i in (0, 1))
         if errors:
             count = f"{len(errors)} of {len(samples)} completions got no reward"
             self.log.say(f"NOTE step {self.step}: {count}: reward_policy = {policy}. {errors[0]}")
@@ -478,6 +537,7 @@ class Trainer:
         how = {"group_size": group_size, "greedy": greedy, "step": self.step}
         how |= answering(self.environments[0], dict(enumerate(self.heldout)))
         rollouts = self.sample(self.sampler.of_trainer, self.encoded(self.heldout), "eval", **how)
+        rollouts = self.together(rollouts)
         policy = "fail" if self.cfg.reward_policy == "fail" else "zero"
         return [s["reward"] for s in self.judged(rollouts, self.heldout, policy)]
 
@@ -498,9 +558,9 @@ class Trainer:
         """Says what stands in the way of learning, once until it goes away."""
         found = {}
         if phase == "rl":
-            found = diagnose_step(metrics, self.cfg)
+            found = diagnose.diagnose_step(metrics, self.cfg)
         elif self.step == self.cfg.warmup.steps:
-            found = diagnose_warmup(metrics["loss"], metrics.get("loss_floor"), self.cfg)
+            found = diagnose.diagnose_warmup(metrics["loss"], metrics.get("loss_floor"), self.cfg)
         for name in found.keys() - self.told:
             self.log.say(f"NOTE step {self.step}: {found[name]}")
         self.told = set(found)
@@ -508,10 +568,11 @@ class Trainer:
     def leave(self, told: str) -> None:
         """Saves a run that has diverged, for a look at it, beside its checkpoints."""
         folder, last = self.run_dir / "diverged", self.run_dir / "checkpoints"
-        shutil.rmtree(folder, ignore_errors=True)
+        if ranks.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            rollouts, rewards, _ = self.seen
+            rollouts.save(folder / "rollouts.safetensors", rewards=rewards)
         self.save("diverged")
-        rollouts, rewards, _ = self.seen
-        rollouts.save(folder / "rollouts.safetensors", rewards=rewards)
         raise TrainError(
             f"step {self.step}: {told}.\n  this state and its rollouts: {folder}\n"
             f"  --resume goes on from: {ckpt.latest_checkpoint(last) or 'the beginning'}"
@@ -519,23 +580,14 @@ class Trainer:
 
     def save(self, where: str = "checkpoints") -> None:
         """With the rollouts of steps ahead, which weights drew that are gone."""
-        drawn = {step: self.drawn(job) for step, (_, job) in self.ahead.items()}
+        drawn = {step: self.drawn(step) for step in self.ahead}
         cursor = next((at for at, _ in self.ahead.values()), self.cursor)
-        ckpt.save_checkpoint(
-            self.run_dir / where,
-            self.step,
-            self.cfg.checkpoint.keep,
-            self.model,
-            self.tokenizer,
-            self.optimizer,
-            {
-                "cursor": cursor,
-                "baseline": self.baseline.tolist(),
-                "config": self.cfg.model_dump(),
-                "ahead": {step: told for step, (_, _, told) in drawn.items()},
-            },
-            {step: rollouts for step, (rollouts, _, _) in drawn.items()},
-        )
+        state = {"cursor": cursor, "config": self.cfg.model_dump()}
+        state["baseline"] = self.baseline.tolist()
+        state["ahead"] = {step: told for step, (_, _, told) in drawn.items()}
+        ahead = {step: rollouts for step, (rollouts, _, _) in drawn.items()}
+        ckpt.save_checkpoint(self.run_dir / where, self, state, ahead)
+        ranks.everyone(None)  # nobody leaves, or goes on, before it is written
 
     def due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
@@ -557,21 +609,31 @@ class Trainer:
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         cfg = self.cfg.optim
-        return torch.optim.AdamW(
-            self.model.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
-        )
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        betas = cfg.beta1, cfg.beta2
+        return torch.optim.AdamW(trained, betas=betas, weight_decay=cfg.weight_decay)
 
     def load_reference(self) -> Any:
         """The policy as RL began, frozen; kept in the run for a resume."""
+        if self.adapters:  # without them
+            return self.model
         folder, part = self.run_dir / "reference", self.run_dir / ".reference"
-        if folder.is_dir():
+        if ranks.of_first(folder.is_dir):
             reference = load_model(self.cfg, folder)[0]
         else:
-            reference = copy.deepcopy(self.model)
-            self.model.save_pretrained(part)
-            self.tokenizer.save_pretrained(part)
-            part.rename(folder)
-        return reference.requires_grad_(False).eval()
+            reference = copy.deepcopy(self.policy)
+            if ranks.rank() == 0:
+                self.policy.save_pretrained(part)
+                self.tokenizer.save_pretrained(part)
+                part.rename(folder)
+        return ranks.shard(reference.requires_grad_(False).eval())
+
+
+class Silence:
+    """The log of a process that is not the first."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args: None
 
 
 def answering(environment: Environment | None, tasks: dict[int, Example]) -> dict[str, Any]:
@@ -603,6 +665,25 @@ def signal(rewards: Tensor, group_ids: Tensor) -> float:
         for sign, how in ((1, "amax"), (-1, "amin"))
     )
     return (top > low).float().mean().item()
+
+
+def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    return next(filter(None, (diagnose.nonfinite({name: tensor}) for name, tensor in tensors)), "")
+
+
+def folded(name: str, values: list[tuple[float, int]]) -> float:
+    """Of a metric's (value, tokens) what its name says: the largest, smallest, sum or mean."""
+    if "max" in name or "min" in name:
+        return (max if "max" in name else min)(values)[0]
+    if name.startswith("num_"):
+        return sum(value for value, _ in values)
+    return sum(value * n for value, n in values) / max(1, sum(n for _, n in values))
+
+
+def averaged(told: list[dict[str, float]]) -> dict[str, float]:
+    """What sampling took in each process; counts of tokens add up."""
+    counts = ("rollout/computed", "rollout/used")
+    return {k: sum(t[k] for t in told) / (1 if k in counts else len(told)) for k in told[0]}
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:

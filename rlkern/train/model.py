@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
 
 from rlkern.kv import hf
+from rlkern.rollout.weights import adapted
 from rlkern.train import TrainError
 from rlkern.train.config import Config
 from rlkern.train.tasks import ALPHABET
@@ -68,6 +71,31 @@ def prepared(model: PreTrainedModel, cfg: Config) -> PreTrainedModel:
     if cfg.trains_on_trees:
         hf.install(model)
     return model
+
+
+def add_adapters(model: PreTrainedModel, cfg: Config, saved: Path | None) -> Any:
+    """Freezes the model and puts LoRA adapters into its layers -> peft's view of it.
+
+    The model keeps its class and its forward. saved: the adapters of a checkpoint.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise TrainError("lora.rank needs peft: pip install 'rlkern[lora]'") from error
+    torch.manual_seed(cfg.run.seed)
+    how = {"r": cfg.lora.rank, "lora_alpha": cfg.lora.alpha, "target_modules": cfg.lora.targets}
+    how["task_type"] = "CAUSAL_LM"
+    try:
+        view = peft.get_peft_model(model, peft.LoraConfig(**how), autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise TrainError(f"lora.targets: {error}") from error
+    for name, layer in adapted(model).items():
+        if layer is model.get_output_embeddings() or type(layer.base_layer) is not nn.Linear:
+            what = "expected linear layers other than the head, whose log-probs take one weight"
+            raise TrainError(f"lora.targets: {what}; got {name}")
+    if saved is not None:
+        peft.set_peft_model_state_dict(view, load_file(saved / "adapter_model.safetensors"))
+    return view
 
 
 def small_config(cfg: Config) -> Qwen3Config:

@@ -67,6 +67,18 @@ def test_greedy_equals_the_uncached_argmax(model):
         assert bool(rollouts.truncated[i]) == (ids[-1] not in EOS)
 
 
+def test_parts_of_a_list_of_prompts_draw_what_the_whole_list_draws(model):
+    whole = generate(model)
+    parts = [generate(model, PROMPTS[:3]), generate(model, PROMPTS[3:], first=3)]
+    joined = Rollouts.joined(parts)
+    for name, tensor in vars(whole).items():
+        if name in ("logprob", "entropy"):
+            torch.testing.assert_close(getattr(joined, name), tensor)
+        else:
+            assert torch.equal(getattr(joined, name), tensor), name
+    assert not torch.equal(generate(model, PROMPTS[3:]).tokens, parts[1].tokens)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @torch.no_grad()
 def test_logprobs_equal_those_of_a_full_forward(model, temperature):

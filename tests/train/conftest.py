@@ -1,11 +1,13 @@
 """A run so small that it takes a second, with everything switched on."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from rlkern.train import checkpoint as ckpt
 from rlkern.train import cli
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -57,6 +59,15 @@ def metrics(folder: Path) -> list[dict]:
         {k: v for k, v in record.items() if not k.startswith(("time/", "memory/"))}
         for record in read(folder / "metrics.jsonl")
     ]
+
+
+def cut(source: Path, folder: Path, step: int) -> Path:
+    """A copy of a run as it was when it was killed after writing checkpoint `step`."""
+    shutil.copytree(source, folder)
+    for path in ckpt.list_checkpoints(folder / "checkpoints"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    return folder
 
 
 @pytest.fixture(scope="session")

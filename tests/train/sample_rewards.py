@@ -1,7 +1,11 @@
 """Reward functions that the tests name as `sample_rewards:<name>`."""
 
 import os
+import signal
 import time
+from pathlib import Path
+
+calls: list[str] = []
 
 
 def distinct(prompt, completion, answer):
@@ -52,4 +56,20 @@ def dies(prompt, completion, answer):
 def sometimes_raises(prompt, completion, answer):
     if completion.startswith(answer[-1]):
         raise KeyError("no such unit")
+    return distinct(prompt, completion, answer)
+
+
+def fails_in_the_second_process(prompt, completion, answer):
+    if os.environ.get("RANK") == "1" and prompt.startswith("0"):
+        raise KeyError("no such unit")
+    return distinct(prompt, completion, answer)
+
+
+def kills_the_second_process(prompt, completion, answer):
+    """Once, after step 7's evaluation; $RLKERN_TEST_MARK is a file that tells of it."""
+    mark = Path(os.environ["RLKERN_TEST_MARK"])
+    calls.append(prompt)
+    if os.environ.get("RANK") == "1" and len(calls) > 130 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     return distinct(prompt, completion, answer)

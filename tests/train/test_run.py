@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, metrics, read
+from conftest import arguments, cut, metrics, read
 from safetensors.torch import load_file
 
 import rlkern
@@ -36,15 +36,6 @@ def assert_same_run(one: Path, other: Path, step: int = 10) -> None:
     first, second = weights(one, step), weights(other, step)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def cut(source: Path, folder: Path, step: int) -> Path:
-    """A copy of a run as it was when it was killed after writing checkpoint `step`."""
-    shutil.copytree(source, folder)
-    for path in ckpt.list_checkpoints(folder / "checkpoints"):
-        if int(path.name[5:]) > step:
-            shutil.rmtree(path)
-    return folder
 
 
 def test_metrics_of_a_run(tiny):
