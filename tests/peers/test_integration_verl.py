@@ -307,26 +307,6 @@ def test_every_kind_is_an_estimator(kind, monkeypatch):
     assert distance(got, want[:, None] * mask) <= BUDGET[torch.float32]
 
 
-def test_the_trainer_reaches_a_registered_estimator():
-    """verl's own compute_advantage, with its DataProto."""
-    # its module imports the rollout server
-    pytest.importorskip("cachetools")
-    from verl import DataProto
-    from verl.trainer.config import AlgoConfig
-    from verl.trainer.ppo.ray_trainer import compute_advantage
-
-    rewards = torch.randn(6)
-    token_rewards = torch.stack([torch.zeros(6), rewards], 1)
-    data = DataProto.from_dict(
-        {"token_level_rewards": token_rewards, "response_mask": torch.ones(6, 2)},
-        non_tensors={"uid": np.array(list("aabbcc"))},
-    )
-    data = compute_advantage(data, "rlkern_rloo", config=AlgoConfig())
-    groups = torch.tensor([0, 0, 1, 1, 2, 2])
-    want = rlkern.group_advantage(rewards, groups, kind="rloo")
-    assert distance(data.batch["advantages"][:, 0], want) <= BUDGET[torch.float32]
-
-
 # --- the head -------------------------------------------------------------------------------------
 
 

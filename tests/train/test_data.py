@@ -68,6 +68,12 @@ def test_tasks_split_and_say_the_right_answer(task):
             assert sorted(shown) == sorted(set(question))
         elif task == "addition":
             assert int(example.answer[::-1]) == eval(question)
+        elif task == "calculation":
+            first, second = "".join(sorted(question))[:2], "".join(sorted(question))[2:]
+            assert int(example.answer) == int(first) * int(second)
+            call, said = shown.split("=")
+            assert sorted(call) == sorted(question + "*")
+            assert int(said) == math.prod(map(int, call.split("*")))
         else:
             assert 1 <= int(example.answer) <= 99
             assert countdown(example.prompt, shown, example.answer) == (

@@ -204,8 +204,10 @@ def test_options_of_an_environment_are_checked(tmp_path):
 
 
 def test_vllm_refuses_an_environment():
-    from rlkern.rollout import VllmEngine
+    from rlkern.rollout.vllm import sampling_arguments
 
-    engine = VllmEngine.__new__(VllmEngine)
+    how = {"group_size": 1, "max_new_tokens": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    how |= {"min_p": 0.0, "greedy": False, "strategy": None}
     with pytest.raises(ValueError, match="expected no environment: each turn would be a request"):
-        engine.generate([[1]], group_size=1, max_new_tokens=1, environment=object())
+        sampling_arguments("VllmEngine", [[1]], [], 9, environment=object(), **how)
+    assert sampling_arguments("VllmEngine", [[1]], [], 9, environment=None, **how)
