@@ -21,6 +21,7 @@ RECIPES = Path(__file__).parent / "recipes"
 ALONE = {  # what several processes cannot do, and why
     "fp8-unified": "its layers keep the codes of weights that are whole",
     "vllm": "it makes a process group of its own",
+    "vllm-server": "each of them would hand it weights",
     "april": "its groups go on in the process that began them",
 }
 
