@@ -94,7 +94,7 @@ class Dashboard:
 
         spent, done = time.monotonic() - self.start, self.step - self.first
         left = f", about {spent / done * (self.total - self.step):.0f} s to go" if done else ""
-        head = f"{self.title}  {self.phase} {self.step}/{self.total}  {spent:.0f} s{left}"
+        head = f"{self.phase} {self.step}/{self.total}  {spent:.0f} s{left}  {self.title}"
         table = Table(box=None, show_header=False, pad_edge=False)
         for title, (form, *names) in ROWS.items():
             if all(name in self.last for name in names):

@@ -43,7 +43,12 @@ def run(folder, changes):
     [
         {},
         {"algorithm__credit": "turn", "rollout__environment_options.penalty": "0.5"},
-        {"optim__share_prefix": "true", "optim__updates": "1", "optim__micro_batch": "16"},
+        {
+            "optim__share_prefix": "true",
+            "optim__updates": "1",
+            "optim__micro_batch": "16",
+            "reward": "sample_rewards:distinct",  # which differ whatever is drawn
+        },
         {"rollout__strategy": "april", "rollout__strategy_options.num_groups": "2"},
     ],
     ids=["sequence", "turn", "shared", "april"],
@@ -184,7 +189,7 @@ def test_an_environment_that_fails_is_told(tmp_path, capsys):
 
 BAD = [
     ({"rollout.strategy": "cure"}, "environment does not go with engine"),
-    ({"rollout.strategy": "ead"}, "a strategy that forks"),
+    ({"rollout.strategy": "ead"}, "a strategy that neither forks"),
     ({"rollout.engine": "vllm"}, "environment does not go with engine = 'vllm'"),
     ({"rollout.environment": ""}, "algorithm.credit = 'turn' needs a rollout.environment"),
     ({"algorithm.credit": "sequence", "algorithm.agents": "2"}, "algorithm.agents > 1 needs"),
