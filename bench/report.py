@@ -377,6 +377,7 @@ def _train_trl(path: Path, saved: dict, document: Path) -> str:
     shapes = "; ".join(
         f"`{name}`: {case['steps']} steps of {case['prompts']} x {case['group']} samples of at "
         f"most {case['new']} tokens, {case['updates']} updates each"
+        f"{', with optim.share_prefix' * case['share_prefix']}"
         for name, case in saved["cases"].items()
     )
     load = saved["machine_info"]["load_at_end"][-1]

@@ -37,12 +37,13 @@ class Case(NamedTuple):
     updates: int
     lr: float
     warmup_steps: int
+    share_prefix: bool  # rlkern's: a prompt is computed once for its group, with the same gradients
     seeds: tuple[int, ...]
 
 
 CASES = {
-    "vocab": Case(12, 8, 8, 128, 1, 1e-3, 0, (0,)),
-    "demo": Case(30, 32, 16, 6, 2, 3e-4, 10, (0, 1, 2)),
+    "vocab": Case(12, 8, 8, 128, 1, 1e-3, 0, False, (0,)),
+    "demo": Case(30, 32, 16, 6, 2, 3e-4, 10, True, (0, 1, 2)),
 }
 VOCAB = 32_000
 
@@ -135,6 +136,7 @@ def run_rlkern(name: str, seed: int, folder: Path, out: Path) -> None:
         "optim.lr": case.lr,
         "optim.warmup_steps": case.warmup_steps,
         "optim.updates": case.updates,
+        "optim.share_prefix": str(case.share_prefix).lower(),
         "eval.every": 0,
         "eval.max_prompts": 1,
         "eval.min_accuracy": 0,
@@ -274,7 +276,10 @@ def main() -> int:
 
     if not PEERS.exists():
         raise SystemExit("TRL is not installed: make .venv-peers/.installed")
-    rows = []
+    info = machine()
+    path = ROOT / "bench/results" / info["name"] / "train_trl.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in rows if row["case"] not in args.cases]  # the others are kept
     for name in args.cases:
         for seed in CASES[name].seeds:
             rows.append(measure(name, seed))
@@ -286,7 +291,6 @@ def main() -> int:
         capture_output=True,
         text=True,
     ).stdout.split()[-2:]
-    info = machine()
     info["load_at_end"] = [round(x, 2) for x in os.getloadavg()]
     saved = {
         "kind": "train_trl",
@@ -294,10 +298,9 @@ def main() -> int:
         "command": "python -m bench.train_trl",
         "trl": versions[0],
         "trl_transformers": versions[1],
-        "cases": {name: CASES[name]._asdict() for name in args.cases},
+        "cases": {name: case._asdict() for name, case in CASES.items()},
         "rows": rows,
     }
-    path = ROOT / "bench/results" / info["name"] / "train_trl.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(saved, indent=1) + "\n")
     return 0
