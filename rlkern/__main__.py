@@ -45,7 +45,7 @@ def main() -> int:
 
 def _report() -> None:
     if importlib.util.find_spec("transformers"):
-        import rlkern.rollout  # whose decoder has ops of its own
+        importlib.import_module("rlkern.rollout")  # whose decoder has ops of its own
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = [
         ("rlkern", rlkern.__version__),
