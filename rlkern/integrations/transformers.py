@@ -123,7 +123,7 @@ def add_logprobs(model: nn.Module) -> Handle:
 
     Args:
         model: a causal LM of transformers, or a peft model on one. A LoRA adapter on its LM head is
-            computed as [h, s A h] [W, B]^T: without rounding W + s B A, and with one copy of W.
+            computed as `[h, s A h] [W, B]^T`: without rounding W + s B A, and with one copy of W.
 
     Raises:
         TypeError: a model without an LM head that is a linear layer.
