@@ -120,7 +120,7 @@ def measure(warm: Path, folder: Path, name: str, steps: int) -> dict:
     return {
         "options": options,
         "exit_code": code,
-        "error": err.strip().split("\n")[0],
+        "error": err.strip().split("\n")[0] * (code != 0),
         "notes": [line for line in out.split("\n") if line.startswith("NOTE step")],
         "wall_seconds": round(wall, 1),
         "rewards": rewards,
