@@ -925,14 +925,15 @@ def test_optional_fields_are_selected_saved_and_loaded(model, tmp_path):
     assert torch.equal(part.prompt_ids, rollouts.prompt_ids)
     part.save(tmp_path / "r.safetensors")
     loaded, _ = Rollouts.load(tmp_path / "r.safetensors")
-    for name in Rollouts.__dataclass_fields__:
-        assert torch.equal(getattr(loaded, name), getattr(part, name)), name
+    for name, tensor in vars(part).items():
+        got = getattr(loaded, name)
+        assert got is None if tensor is None else torch.equal(got, tensor), name
 
 
 def test_the_examples_of_the_documentation_run():
     page = Path(__file__).parents[2].joinpath("docs", "rollout.md").read_text()
     blocks = [block.split("```")[0] for block in page.split("```python\n")[1:]]
-    first, own = (block for block in blocks if "VllmEngine" not in block)  # tests/with_vllm has it
+    first, own = blocks[0], next(block for block in blocks if "class HalfWay" in block)
     names = {}
     exec(first, names)
     assert names["rollouts"].group_ids.bincount().tolist() == [16, 16]
