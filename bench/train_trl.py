@@ -49,7 +49,7 @@ VOCAB = 32_000
 
 
 def even(prompt: str, completion: str, answer: str) -> float:
-    """The share of even words: many tokens, and something to learn from the first step on."""
+    """The share of even words: all groups differ, but 12 steps teach nothing of it."""
     words = completion.split()
     return sum(int(word) % 2 == 0 for word in words) / max(1, len(words))
 
